@@ -1,0 +1,35 @@
+"""Détente: train one network on several losses, and learn whether balancing them helped.
+
+>>> import torch, detente
+>>> trunk, heads = torch.nn.Linear(3, 4), [torch.nn.Linear(4, 1) for _ in range(2)]
+>>> method = detente.create("mgda")
+>>> z = trunk(torch.ones(1, 3))
+>>> record = detente.backward([head(z).square().mean() for head in heads], method)
+>>> record.accepted
+True
+"""
+
+from detente.methods import Declaration, Method, create, methods, register, unregister
+from detente.step import apply, backward, combine, task_gradients
+from detente.values import Combination, Conflict, MethodInfo, Option, StepRecord, TaskGradients
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Combination",
+    "Conflict",
+    "Declaration",
+    "Method",
+    "MethodInfo",
+    "Option",
+    "StepRecord",
+    "TaskGradients",
+    "apply",
+    "backward",
+    "combine",
+    "create",
+    "methods",
+    "register",
+    "task_gradients",
+    "unregister",
+]

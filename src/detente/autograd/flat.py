@@ -1,0 +1,119 @@
+"""Rows of a Jacobian and the tensors they are made of, and gradients that may be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+Gradients = list[tuple[torch.Tensor, torch.Tensor]]
+"""Parameters with the gradient each is to receive."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tensors lie one after another in a row of P numbers."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def columns(self) -> int:
+        """P, the number of entries of all tensors together."""
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    @property
+    def like(self) -> torch.Tensor:
+        """An empty tensor of the dtype that holds every tensor's gradient, on the first one's device."""
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
+        return torch.empty(0, dtype=dtype, device=self.tensors[0].device)
+
+    def write(self, row: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Fill ``row`` [P] with one gradient per tensor; None and sparse gradients are written out."""
+        pieces = []
+        for tensor, gradient in zip(self.tensors, gradients, strict=True):
+            if gradient is None:
+                gradient = torch.zeros((), dtype=row.dtype, device=row.device).expand(tensor.shape)
+            elif gradient.layout is not torch.strided:
+                gradient = gradient.to_dense()
+            pieces.append(gradient.reshape(-1).to(device=row.device, dtype=row.dtype))
+        torch.cat(pieces, out=row)
+
+    def split(self, row: torch.Tensor) -> list[torch.Tensor]:
+        """Views of ``row`` [P], one in the shape of each tensor (a copy where dtype or device differ)."""
+        pieces = torch.split(row, [tensor.numel() for tensor in self.tensors])
+        return [
+            piece.view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
+            for tensor, piece in zip(self.tensors, pieces, strict=True)
+        ]
+
+
+def gradients_of(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    seeds: Sequence[torch.Tensor] | None,
+    *,
+    retain_graph: bool,
+) -> list[torch.Tensor | None]:
+    """``torch.autograd.grad`` that allows no inputs and leaves None where an output does not depend on one."""
+    if not inputs or not outputs:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(outputs, list(inputs), seeds, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
+    )
+
+
+def present(inputs: Sequence[torch.Tensor], gradients: Iterable[torch.Tensor | None]) -> Gradients:
+    """Pairs of parameter and gradient, without those that received none."""
+    return [(tensor, gradient) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
+
+
+def seeds_of(losses: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torch.Tensor]:
+    """One weight per loss, in the loss's shape, dtype and device: what a weighted backward starts from."""
+    return [
+        weight.to(device=loss.device, dtype=loss.dtype).expand_as(loss)
+        for loss, weight in zip(losses, weights.unbind(), strict=True)
+    ]
+
+
+def largest_entries(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The largest magnitude in each gradient, a scalar on its device; NaN and Inf come through.
+
+    A norm would overflow where the gradient does not.
+    """
+    dense = [g if g.layout is torch.strided else g.coalesce().values() for g in gradients]
+    filled = [g if g.numel() else g.new_zeros(1) for g in dense]
+    return list(torch._foreach_norm(filled, ord=float("inf"))) if filled else []
+
+
+def accumulate(gradients: Gradients) -> None:
+    """Add to every ``.grad``, as a backward would.
+
+    A gradient becomes ``.grad`` itself where there was none; one whose memory overlaps itself or another's (autograd
+    hands out expanded tensors, and one tensor for two inputs) is copied first.
+    """
+    taken: set[int] = set()
+    with torch.no_grad():
+        for tensor, gradient in gradients:
+            if tensor.grad is not None:
+                # A sparse gradient added to a dense one stays dense; the reverse cannot be done in place.
+                if tensor.grad.layout is torch.strided:
+                    tensor.grad.add_(gradient)
+                else:
+                    tensor.grad = tensor.grad + gradient
+                continue
+            if gradient.layout is torch.strided:
+                address = gradient.data_ptr()
+                if address in taken or not _dense(gradient):
+                    gradient = gradient.clone(memory_format=torch.contiguous_format)
+                taken.add(gradient.data_ptr())
+            tensor.grad = gradient
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return False

@@ -1,0 +1,248 @@
+"""Which parameters the tasks share, read off the autograd graph.
+
+A leaf that two or more losses reach is shared; one that a single loss reaches is that task's own. One walk over
+the graph settles it for all tasks: every node carries a bit mask of the losses that reach it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+Parameters: TypeAlias = torch.Tensor | nn.Module | Iterable["torch.Tensor | nn.Module"]
+Edge: TypeAlias = tuple[Node, int]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a walk from T roots found.
+
+    Attributes:
+        leaves: leaf tensors that require a gradient, in the order found, each with the bit mask of the roots
+            that reach it.
+        stops: the edges where the walk stopped, each with the bit mask of the roots that reach it.
+        overlap: True if two roots reach a common node before any stop, so that their graphs must be freed together.
+    """
+
+    leaves: dict[torch.Tensor, int]
+    stops: dict[Edge, int]
+    overlap: bool
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Leaves by their role, for T losses.
+
+    Attributes:
+        shared: the shared parameters, in a stable order.
+        reached: for each shared parameter the bit mask of the losses that reach it (0: none does in this step).
+        own: for each task the parameters that take the plain gradient of its loss.
+    """
+
+    shared: tuple[torch.Tensor, ...]
+    reached: tuple[int, ...]
+    own: tuple[tuple[torch.Tensor, ...], ...]
+
+
+def gradient_edge(tensor: torch.Tensor) -> Edge:
+    """The node and output number of the graph that produced ``tensor``."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bool = False) -> Walk:
+    """Follow the graph from ``roots`` to its leaves, not beyond ``stops``.
+
+    Args:
+        roots: tensors with a graph.
+        stops: edges to stop at.
+        named: True if the caller names shared and own parameters, so that a compiled model hides nothing it needs.
+
+    Raises:
+        ValueError: the graph holds reentrant activation checkpointing.
+        CompiledModel: a model compiled as one piece hides which parameters are shared, and ``named`` is False.
+    """
+    barrier = frozenset(stops)
+    masks: dict[Node, int] = {}
+    outputs: dict[Node, dict[int, int]] = {}  # of compiled nodes: which roots use which output
+    stopped: dict[Edge, int] = {}
+    heads: list[Node] = []
+    for bit, root in enumerate(roots):
+        edge = gradient_edge(root)
+        if edge in barrier:
+            stopped[edge] = stopped.get(edge, 0) | 1 << bit
+            continue
+        masks[edge[0]] = masks.get(edge[0], 0) | 1 << bit
+        _note_compiled(outputs, edge, 1 << bit)
+        heads.append(edge[0])
+
+    # First pass: every node once, its children, and how many parents it waits for.
+    children: dict[Node, list[Edge]] = {}
+    waiting: dict[Node, int] = dict.fromkeys(heads, 0)
+    todo = list(heads)
+    while todo:
+        node = todo.pop()
+        if node in children:
+            continue
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
+        children[node] = edges  # type: ignore[assignment]
+        for edge in edges:
+            child = edge[0]
+            if edge in barrier or child is None:
+                continue
+            waiting[child] = waiting.get(child, 0) + 1
+            if child not in children:
+                todo.append(child)
+
+    # Second pass, parents before children: hand the masks down.
+    leaves: dict[torch.Tensor, int] = {}
+    overlap = False
+    ready = [node for node in dict.fromkeys(heads) if waiting[node] == 0]
+    while ready:
+        node = ready.pop()
+        mask = masks[node]
+        variable = getattr(node, "variable", None)
+        if variable is not None and not children[node]:
+            leaves[variable] = mask
+            continue
+        overlap = overlap or mask & (mask - 1) != 0
+        _refuse_opaque(node, {} if named else outputs)
+        for edge in children[node]:
+            child = edge[0]
+            if edge in barrier:
+                stopped[edge] = stopped.get(edge, 0) | mask
+                continue
+            masks[child] = masks.get(child, 0) | mask
+            _note_compiled(outputs, edge, mask)
+            waiting[child] -= 1
+            if waiting[child] == 0:
+                ready.append(child)
+    ordered = {leaf: leaves[leaf] for node in children if (leaf := getattr(node, "variable", None)) in leaves}
+    return Walk(ordered, stopped, overlap)
+
+
+def _note_compiled(outputs: dict[Node, dict[int, int]], edge: Edge, mask: int) -> None:
+    node, number = edge
+    if node.name().startswith("CompiledFunction"):
+        per_output = outputs.setdefault(node, {})
+        per_output[number] = per_output.get(number, 0) | mask
+
+
+def _refuse_opaque(node: Node, outputs: Mapping[Node, Mapping[int, int]]) -> None:
+    name = node.name()
+    if name.startswith("CheckpointFunction"):
+        raise ValueError(
+            "the graph holds reentrant activation checkpointing, which task gradients cannot pass; "
+            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
+    per_output = outputs.get(node, {})
+    if len(set(per_output.values())) > 1:
+        raise CompiledModel(
+            "the model was compiled as one piece, so its graph does not tell shared from task-specific parameters. "
+            "Name them with shared= and task_specific=, or compile the trunk and the heads separately."
+        )
+
+
+class CompiledModel(ValueError):
+    """A compiled model hides which parameters are shared; name them with ``shared=`` and ``task_specific=``."""
+
+
+def as_tensors(parameters: Parameters | Mapping[str, Any], option: str) -> tuple[torch.Tensor, ...]:
+    """Tensors, modules, or nested iterables and mappings of them as a flat tuple without repetition.
+
+    Raises:
+        TypeError: an entry is neither a tensor nor a module; the option is named.
+    """
+    if isinstance(parameters, torch.Tensor):
+        return (parameters,)
+    if isinstance(parameters, nn.Module):
+        return tuple(parameters.parameters())
+    if isinstance(parameters, Mapping):
+        parameters = parameters.values()
+    if isinstance(parameters, (str, bytes)) or not isinstance(parameters, Iterable):
+        raise TypeError(f"{option}= takes parameters or modules, got {type(parameters).__name__}.")
+    found: dict[int, torch.Tensor] = {}
+    for entry in parameters:
+        for tensor in as_tensors(entry, option):
+            found.setdefault(id(tensor), tensor)
+    return tuple(found.values())
+
+
+class Memory:
+    """What the engine remembers from one step of a method to the next: shared parameters and one buffer.
+
+    A parameter that was shared once stays shared, so that a batch in which some task is absent does not turn it
+    into the own parameter of another task. References are weak; the memory is never saved or copied.
+    """
+
+    def __init__(self) -> None:
+        self._shared: list[weakref.ref[torch.Tensor]] = []
+        self._buffer: torch.Tensor | None = None
+
+    def shared(self) -> list[torch.Tensor]:
+        """The parameters shared so far that still exist, in the order they were found."""
+        alive = [(reference, reference()) for reference in self._shared]
+        self._shared = [reference for reference, tensor in alive if tensor is not None]
+        return [tensor for _, tensor in alive if tensor is not None]
+
+    def remember(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Add parameters that were found to be shared."""
+        known = {id(tensor) for tensor in self.shared()}
+        self._shared += [weakref.ref(tensor) for tensor in tensors if id(tensor) not in known]
+
+    def buffer(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+        """A [rows, columns] tensor of the dtype and device of ``like``, the same memory as last time if it fits."""
+        held = self._buffer
+        fits = held is not None and held.dtype == like.dtype and held.device == like.device
+        if held is None or not fits or held.numel() < rows * columns:
+            self._buffer = None  # let go of the old memory before asking for the new
+            held = self._buffer = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+        return held[: rows * columns].view(rows, columns)
+
+
+def partition(
+    losses: Sequence[torch.Tensor],
+    memory: Memory,
+    *,
+    shared: Sequence[torch.Tensor] | None,
+    task_specific: Sequence[torch.Tensor] | None,
+) -> Partition:
+    """Sort the leaves that T losses reach into shared and own parameters.
+
+    Named parameters take precedence over discovery: with only ``shared`` named everything else a loss reaches is
+    its own, with only ``task_specific`` named everything else is shared, with both named nothing else is touched.
+
+    Raises:
+        ValueError: no loss reaches any of the named shared parameters.
+    """
+    named = shared is not None and task_specific is not None
+    leaves = walk(losses, named=named).leaves
+    if shared is not None:
+        chosen = trainable(shared)
+        if chosen and not any(leaf in leaves for leaf in chosen):
+            raise ValueError(
+                f"no loss reaches any of the {len(chosen)} parameters named in shared= (the first has shape "
+                f"{tuple(chosen[0].shape)}). Are they of another model, or was the graph detached?"
+            )
+    elif task_specific is not None:
+        apart = set(task_specific)
+        chosen = [leaf for leaf in leaves if leaf not in apart]
+    else:
+        memory.remember(leaf for leaf, mask in leaves.items() if mask & (mask - 1))
+        chosen = memory.shared()
+    taken = set(chosen)
+    candidates = leaves if task_specific is None else [leaf for leaf in task_specific if leaf in leaves]
+    rest = [leaf for leaf in candidates if leaf not in taken]
+    own = tuple(tuple(leaf for leaf in rest if leaves[leaf] >> task & 1) for task in range(len(losses)))
+    return Partition(tuple(chosen), tuple(leaves.get(leaf, 0) for leaf in chosen), own)
+
+
+def trainable(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Those that require a gradient: frozen parameters may be named and are left alone."""
+    return [parameter for parameter in parameters if parameter.requires_grad]

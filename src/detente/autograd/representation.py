@@ -1,0 +1,195 @@
+"""Gradients of each task with respect to a shared representation: the upper bound.
+
+Every head is walked once. The method is solved on the gradients of the whole batch's representation, and one
+backward carries the result through the encoder, whatever the number of tasks (Sener & Koltun 2018, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from detente.autograd.exact import Pass
+from detente.autograd.flat import Gradients, Layout, gradients_of, present
+from detente.autograd.partition import Memory, Partition, gradient_edge, trainable, walk
+
+
+@dataclass
+class FeaturesPass(Pass):
+    """Task gradients with respect to the representation.
+
+    Attributes:
+        features: the tensors of the representation.
+        encoder: shared parameters behind the representation.
+        direct: for each task the gradients of shared parameters that its loss reaches past the representation
+            (a skip connection, a tied weight, a layer several heads use); weighted like the rest.
+    """
+
+    features: Sequence[torch.Tensor] = field(kw_only=True)
+    encoder: Sequence[torch.Tensor] = field(kw_only=True)
+    direct: list[Gradients] = field(kw_only=True)
+    retain_graph: bool = field(kw_only=True)
+
+    def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
+        """One backward through the encoder, plus the weighted gradients that bypass the representation."""
+        seeds = Layout(tuple(self.features)).split(direction)
+        found = gradients_of(self.features, self.encoder, seeds, retain_graph=self.retain_graph)
+        total = dict(present(self.encoder, found))
+        if any(self.direct):
+            if weights is None:
+                raise ValueError(
+                    "some shared parameters are reached past features=, and this method gives no weights to combine "
+                    "their gradients by. Pass every tensor by which the heads depend on shared parameters."
+                )
+            for task, gradients in enumerate(self.direct):
+                for tensor, gradient in gradients:
+                    part = gradient * weights[task].to(device=gradient.device, dtype=gradient.dtype)
+                    total[tensor] = total[tensor] + part if tensor in total else part
+        return list(total.items())
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which leaves play which part when the problem is solved on a representation, for T losses.
+
+    Attributes:
+        encoder: shared parameters behind the features.
+        past: for each task the shared parameters its loss also reaches past the features.
+        own: for each task the parameters that take the plain gradient of its loss.
+        nested: True if one feature is computed from another.
+        entwined: True if the graphs of two heads, or of a head and the encoder, have nodes in common.
+    """
+
+    encoder: list[torch.Tensor]
+    past: list[list[torch.Tensor]]
+    own: list[list[torch.Tensor]]
+    nested: bool
+    entwined: bool
+
+
+def assign_roles(
+    names: Sequence[str],
+    losses: Sequence[torch.Tensor],
+    features: Sequence[torch.Tensor],
+    memory: Memory,
+    *,
+    shared: Sequence[torch.Tensor] | None,
+    task_specific: Sequence[torch.Tensor] | None,
+) -> Roles:
+    """Find the encoder behind ``features`` and what the heads reach past it.
+
+    Parameters behind the features are shared, and so are parameters that two or more losses reach past them; the
+    others are own. ``shared`` and ``task_specific`` restrict both to what they name; a parameter behind the
+    features is never a task's own.
+
+    Raises:
+        ValueError: a feature carries no graph, some loss does not depend on the features (named), or no loss
+            reaches any named shared parameter.
+    """
+    for position, feature in enumerate(features):
+        if not feature.requires_grad:
+            raise ValueError(
+                f"features[{position}] carries no graph: the encoder is frozen, or ran under torch.no_grad(). "
+                "Without features= the shared parameters are found from the losses."
+            )
+    edges = [gradient_edge(feature) for feature in features]
+    named = shared is not None and task_specific is not None
+    heads = walk(losses, edges, named=named)
+    depending = 0
+    for mask in heads.stops.values():
+        depending |= mask
+    for task, name in enumerate(names):
+        if not depending >> task & 1:
+            raise ValueError(
+                f"the loss of task {name!r} does not depend on features=. Compute it from the tensor you pass (not "
+                "from a detached or recomputed copy), or leave the task out of this step."
+            )
+    behind = [
+        walk([feature], [other for other in edges if other != edge])
+        for feature, edge in zip(features, edges, strict=True)
+    ]
+    encoder = list(dict.fromkeys(leaf for found in behind for leaf in found.leaves))
+    inside = set(encoder)
+    entwined = heads.overlap or any(leaf in inside for leaf in heads.leaves)
+    if shared is not None:
+        chosen = set(trainable(shared))
+        if chosen and not chosen & (inside | set(heads.leaves)):
+            raise ValueError(
+                f"no loss reaches any of the {len(chosen)} parameters named in shared=. Are they of another model, "
+                "or was the graph detached?"
+            )
+    elif task_specific is not None:
+        chosen = (inside | set(heads.leaves)) - set(task_specific)
+    else:
+        memory.remember([*encoder, *(leaf for leaf, mask in heads.leaves.items() if mask & (mask - 1))])
+        chosen = set(memory.shared())
+    candidates = set(heads.leaves) if task_specific is None else set(task_specific)
+    own = {leaf: mask for leaf, mask in heads.leaves.items() if leaf in candidates - chosen - inside}
+    tasks = range(len(losses))
+    return Roles(
+        encoder=[leaf for leaf in encoder if leaf in chosen],
+        past=[[leaf for leaf, mask in heads.leaves.items() if leaf in chosen and mask >> t & 1] for t in tasks],
+        own=[[leaf for leaf, mask in own.items() if mask >> t & 1] for t in tasks],
+        nested=any(found.stops for found in behind),
+        entwined=entwined,
+    )
+
+
+def features_pass(
+    losses: Sequence[torch.Tensor],
+    features: Sequence[torch.Tensor],
+    roles: Roles,
+    memory: Memory,
+    *,
+    retain_graph: bool,
+) -> FeaturesPass:
+    """Take the gradients of T losses with respect to ``features`` [T, P] and to each task's own parameters.
+
+    With several features the gradient with respect to each holds the others fixed, also where one is computed
+    from another.
+    """
+    layout = Layout(tuple(features))
+    jacobian = memory.buffer(len(losses), layout.columns, layout.like)
+    own: list[Gradients] = []
+    direct: list[Gradients] = []
+    last = len(losses) - 1
+    with _held_fixed(features) if roles.nested else nullcontext():
+        for task, loss in enumerate(losses):
+            past, mine = roles.past[task], roles.own[task]
+            keep = retain_graph or roles.nested or (roles.entwined and (task < last or bool(roles.encoder)))
+            found = gradients_of([loss], [*features, *past, *mine], None, retain_graph=keep)
+            layout.write(jacobian[task], found[: len(features)])
+            direct.append(present(past, found[len(features) : len(features) + len(past)]))
+            own.append(present(mine, found[len(features) + len(past) :]))
+    return FeaturesPass(
+        losses,
+        "features",
+        jacobian,
+        own,
+        torch.cat([feature.detach().reshape(-1).to(layout.like) for feature in features]),
+        features=features,
+        encoder=roles.encoder,
+        direct=direct,
+        retain_graph=retain_graph,
+    )
+
+
+@contextmanager
+def _held_fixed(features: Sequence[torch.Tensor]) -> Iterator[None]:
+    """While this lasts no gradient flows from one feature into another behind it."""
+    handles = []
+    for feature in features:
+        node, number = gradient_edge(feature)
+
+        def block(gradients: tuple[torch.Tensor, ...], number: int = number) -> tuple[torch.Tensor | None, ...]:
+            return tuple(None if position == number else g for position, g in enumerate(gradients))
+
+        handles.append(node.register_prehook(block))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,140 @@
+"""MultiMNIST: two overlapping digits, two tasks, one LeNet (Sener & Koltun 2018, section 4.1 and appendix C.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from detente.data import MultiDigits, load_multimnist
+from detente.experiments.registry import Experiment, Published
+from detente.metrics import RunningAccuracy
+from detente.models import LeNet, Output
+from detente.records import Metric
+from detente.training.config import TrainingConfig
+from detente.training.problem import SplitName
+
+_SAME_DATA = 0  # the composites are one data set: the seed of a run does not change them
+
+
+@dataclass(frozen=True)
+class MultiMNISTConfig(TrainingConfig):
+    """MultiMNIST with LeNet. The defaults are the protocol of Sener & Koltun (2018), appendix C.1."""
+
+    size: Literal[28, 36] = 28
+    """Side of the images: 28 (nearest-resized, as the paper's code) or 36 (the canvas)."""
+    tasks: Literal["both", "left", "right"] = "both"
+    """Both digits, or one of them alone: the single-task baseline."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Cross-entropy over ten classes, or ten sigmoid outputs with binary cross-entropy (Aygar 2019)."""
+    dropout: float = 0.5
+    """Dropout probability in trunk and heads."""
+    download: bool = False
+    """Fetch MNIST into data-dir with torchvision."""
+
+
+class MultiMNIST:
+    """The problem: which digit is on the left, which on the right."""
+
+    def __init__(self, config: MultiMNISTConfig, digits: MultiDigits) -> None:
+        self.config, self.digits = config, digits
+        self.tasks: Sequence[str] = ("left", "right") if config.tasks == "both" else (config.tasks,)
+        self.metrics = [
+            metric
+            for task in self.tasks
+            for metric in (Metric(task, "accuracy", True, True), Metric(task, "loss", False, False))
+        ]
+        self.main_metric = dict.fromkeys(self.tasks, "accuracy")
+
+    def model(self) -> nn.Module:
+        """A LeNet with one head of ten outputs per task."""
+        return LeNet(self.config.size, dict.fromkeys(self.tasks, 10), dropout=self.config.dropout)
+
+    def split(self, name: SplitName) -> Any:
+        """The composites of a split."""
+        return getattr(self.digits, name)
+
+    def features(self, output: Output) -> torch.Tensor:
+        """The 50 values both heads read."""
+        return output.features
+
+    def losses(self, output: Output, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Mean cross-entropy of each task."""
+        return {task: self._loss(output.predictions[task], labels[task]) for task in self.tasks}
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.loss == "softmax":
+            return F.cross_entropy(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 10).to(logits.dtype))
+
+    def meter(self) -> _Meter:
+        """Accuracy and mean loss of each task."""
+        return _Meter(self)
+
+    def describe(self) -> dict[str, Any]:
+        """The composites and their checksum."""
+        return {"data": self.digits.describe(), "network": "lenet"}
+
+    def samples(
+        self, model: nn.Module, count: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The first test composites with labels and predictions."""
+        pairs = self.digits.test.take(count)
+        inputs, labels = pairs.batch(slice(None))
+        model.eval()
+        with torch.no_grad():
+            output = model(inputs.to(next(model.parameters()).device))
+        predictions = {task: output.predictions[task].argmax(dim=1) for task in self.tasks}
+        return pairs.images, {task: labels[task] for task in self.tasks}, predictions
+
+
+class _Meter:
+    def __init__(self, problem: MultiMNIST) -> None:
+        self.problem = problem
+        self.accuracy = {task: RunningAccuracy() for task in problem.tasks}
+        self.loss = dict.fromkeys(problem.tasks, 0.0)
+        self.examples = 0
+
+    def update(self, output: Output, labels: dict[str, torch.Tensor]) -> None:
+        count = len(output.features)
+        self.examples += count
+        for task, loss in self.problem.losses(output, labels).items():
+            self.accuracy[task].update(output.predictions[task], labels[task])
+            self.loss[task] += float(loss) * count
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        return {
+            task: {"accuracy": self.accuracy[task].compute(), "loss": self.loss[task] / self.examples}
+            for task in self.problem.tasks
+        }
+
+
+def build(config: MultiMNISTConfig) -> MultiMNIST:
+    """Load the digits and compose the images."""
+    digits = load_multimnist(config.data_dir, size=config.size, seed=_SAME_DATA, download=config.download)
+    return MultiMNIST(config, digits)
+
+
+def _row(method: str, left: float, right: float) -> Published:
+    source = "Sener & Koltun 2018, table of section 4.1 (60 000 composites, 100 epochs)"
+    return Published(method, {"left": {"accuracy": left / 100}, "right": {"accuracy": right / 100}}, source)
+
+
+EXPERIMENT = Experiment(
+    name="multimnist",
+    summary="two overlapping digits, LeNet, two tasks (packaged digits, or the four MNIST files)",
+    source="Sener & Koltun 2018, section 4.1 and appendix C.1; Aygar 2019, section 3.1",
+    config=MultiMNISTConfig,
+    build=build,
+    published=(
+        _row("single task", 97.23, 95.90),
+        _row("uniform", 96.46, 94.99),
+        _row("uncertainty", 96.47, 95.29),
+        _row("GradNorm", 96.27, 94.84),
+        _row("MGDA-UB", 97.26, 95.90),
+    ),
+)

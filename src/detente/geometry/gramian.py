@@ -1,0 +1,95 @@
+"""What every solver of this room does first: check a Gramian, and take its rows to unit length."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+# How far an entry may be from symmetry, or a cosine beyond one, before it is no longer rounding of a float64 Gramian.
+ROUNDING = 1e-8
+
+
+def validated(gramian: ArrayLike) -> Array:
+    """The Gramian as float64, or a ``ValueError`` that names the entry at fault.
+
+    Args:
+        gramian: [..., T, T], entry (i, j) is the inner product of the gradients of tasks i and j.
+
+    Returns:
+        [..., T, T] float64; the argument itself where it already is such an array.
+
+    Raises:
+        ValueError: not square, no task at all, NaN or infinite entries.
+
+    Example:
+        >>> validated([[4, 0], [0, 1]]).dtype
+        dtype('float64')
+    """
+    gram = np.asarray(gramian, dtype=np.float64)
+    if gram.ndim < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
+        raise ValueError(f"a Gramian has shape [..., T, T] with T at least 1, not {list(gram.shape)}.")
+    if not np.isfinite(gram).all():
+        place = tuple(int(i) for i in np.argwhere(~np.isfinite(gram))[0])
+        raise ValueError(
+            f"the Gramian's entry {list(place)} is {gram[place]}: a gradient holds NaN or infinite values, or "
+            "its square overflows float64. Check that task's loss."
+        )
+    return gram
+
+
+def unit_rows(gramian: ArrayLike) -> tuple[Array, Array]:
+    """Norms of the gradients and the Gramian of the gradients scaled to unit length.
+
+    A row of the second has entries of size one whatever the scale of its gradient, so that a threshold on it is
+    relative to ‖g_i‖‖g_j‖. A gradient of zero length keeps a row of zeros.
+
+    Args:
+        gramian: [..., T, T].
+
+    Returns:
+        ``norms`` [..., T] and ``cosines`` [..., T, T], symmetric, diagonal 1 up to rounding (0 for zero gradients).
+
+    Raises:
+        ValueError: as :func:`validated`; or the matrix cannot be a Gramian: it is not symmetric, a diagonal entry
+            is negative, or a cosine exceeds one, by more than rounding.
+
+    Example:
+        >>> norms, cosines = unit_rows([[4.0, 3.0], [3.0, 9.0]])
+        >>> norms.tolist(), cosines.tolist()
+        ([2.0, 3.0], [[1.0, 0.5], [0.5, 1.0]])
+    """
+    gram = validated(gramian)
+    squares = np.diagonal(gram, axis1=-2, axis2=-1)
+    if not (squares >= 0).all():
+        place = tuple(int(i) for i in np.argwhere(squares < 0)[0])
+        raise ValueError(
+            f"the Gramian's diagonal entry {list(place)} is {squares[place]}, but it is the square of a norm: "
+            "this matrix is not a Gramian."
+        )
+    norms = np.sqrt(squares)
+    lengths = norms
+    if not norms.all():
+        # What stands in a zero gradient's row must be negligible beside every other product.
+        floor = ROUNDING * norms.max(axis=-1, keepdims=True, initial=0.0)
+        lengths = np.where(norms > 0, norms, np.where(floor > 0, floor, 1.0))
+    products = lengths[..., :, None] * lengths[..., None, :]
+    mirrored = np.swapaxes(gram, -1, -2)
+    if (gram != mirrored).any():
+        uneven = np.abs(gram - mirrored) > ROUNDING * products
+        if uneven.any():
+            place = [int(i) for i in np.argwhere(uneven)[0]]
+            raise ValueError(f"the Gramian is not symmetric: entry {place} differs from its mirror image.")
+        gram = gram * 0.5 + mirrored * 0.5
+    cosines = gram / products
+    if np.abs(cosines).max() > 1 + ROUNDING:
+        place = [int(i) for i in np.argwhere(np.abs(cosines) > 1 + ROUNDING)[0]]
+        raise ValueError(
+            f"entry {place} of the Gramian is larger than the product of the two norms on its diagonal: "
+            "this matrix is not a Gramian."
+        )
+    if lengths is not norms:
+        vanishing = norms == 0
+        cosines[vanishing[..., :, None] | vanishing[..., None, :]] = 0.0
+    return norms, cosines

@@ -1,0 +1,363 @@
+"""The contract of a method: from task gradients (or only losses) to a combination.
+
+A method is a ``torch.nn.Module`` without trainable parameters. Its state lives in buffers, so that
+``state_dict`` saves all of it, and is kept by task name, so that a batch without some task loses nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, final
+
+import numpy as np
+import torch
+from torch import nn
+
+from detente.values import Combination, TaskGradients
+
+Preference = Mapping[str, float] | Sequence[float] | None
+
+EVERYWHERE = frozenset({"exact", "features", "layer"})
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What the author of a method writes down; the registry adds summary and options to make a ``MethodInfo``.
+
+    Args:
+        name: the name for :func:`detente.create`.
+        source: paper and equation.
+        needs, spaces, native_scale, homogeneity, nonconflict, stationary, simplex, permutation, stateful:
+            see :class:`detente.values.MethodInfo`.
+        search: option name to the values a default search tries.
+
+    Example:
+        >>> Declaration(name="mine", source="this file", needs=frozenset({"gramian"})).native_scale
+        'own'
+    """
+
+    name: str
+    source: str
+    needs: frozenset[str] = frozenset()
+    spaces: frozenset[str] = EVERYWHERE
+    stateful: bool = False
+    native_scale: Literal["sum", "mean", "simplex", "unit", "own"] = "own"
+    homogeneity: float | None = None
+    nonconflict: bool = False
+    stationary: Literal["hull", "affine", "cone"] | None = None
+    simplex: bool = False
+    permutation: Literal["exact", "distribution"] | None = None
+    search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+class Method(nn.Module, ABC):
+    """Base of every method. An author writes ``declares``, ``__init__`` (options as keywords) and ``solve``.
+
+    A method with memory also writes ``allocate``, which registers buffers whose first axis is the task (it is
+    called when the tasks become known, and again with more tasks when a new name appears), and updates them at
+    ``self.positions(gradients.names)`` inside ``solve``, after everything that can fail.
+
+    Args:
+        preference: relative importance of the tasks, by name or by position; None means all alike.
+        seed: seeds ``self.generator``, the only source of randomness a method may use; None for methods that
+            draw nothing.
+
+    Example:
+        >>> import detente
+        >>> method = detente.create("mgda")
+        >>> detente.combine(method, torch.eye(2)).weights
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+
+    declares: ClassVar[Declaration]
+    _preference_option: ClassVar[str] = "preference"  # what the option is called in messages
+
+    def __init__(self, *, preference: Preference = None, seed: int | None = None) -> None:
+        super().__init__()
+        self.tasks: tuple[str, ...] | None = None
+        self._preference = check_preference(self._preference_option, preference)
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    # ---- what an author writes
+
+    @abstractmethod
+    def solve(self, gradients: TaskGradients) -> Combination:
+        """From the tasks' gradients of one step to weights, a transform, or a direction."""
+
+    def allocate(self, tasks: int) -> None:
+        """Register the buffers of a method with memory for ``tasks`` tasks; methods without need nothing."""
+
+    def end_epoch(self) -> None:
+        """Tell the method that an epoch ended. Methods that do not need epochs ignore it."""
+
+    def after_step(self, losses: Mapping[str, Any] | Sequence[Any]) -> None:
+        """Give the method the losses of the same batch after the step. Methods that do not need them ignore it."""
+
+    # ---- what everybody calls
+
+    @final
+    def combine(self, gradients: TaskGradients) -> Combination:
+        """One training step of the method on ``gradients``.
+
+        Raises:
+            ValueError: a need is not met, a task is unknown, or the method rejects the input (each named). The
+                state is then as it was before.
+        """
+        self._check(gradients)
+        before = self.tasks
+        try:
+            self.bind(gradients.names)
+            return self.solve(gradients)
+        except Exception:
+            if before is None:
+                self._unbind()
+            raise
+
+    @final
+    def bind(self, names: Sequence[str]) -> None:
+        """Learn the tasks' names: on the first call all of them, later calls may name fewer or further tasks.
+
+        Raises:
+            ValueError: names are missing or duplicate, a preference does not fit them, or unnamed losses change
+                in number.
+        """
+        names = check_names(names)
+        if self.tasks is None:
+            if isinstance(self._preference, dict):  # it names every task, also those absent from the first step
+                names += tuple(name for name in self._preference if name not in names)
+            weight_by_name(self._preference, names, self._preference_option)
+            self.allocate(len(names))
+            self.tasks = names
+            return
+        new = tuple(name for name in names if name not in self.tasks)
+        unnamed = names == positional(len(names)) and self.tasks == positional(len(self.tasks))
+        if unnamed and len(names) != len(self.tasks):
+            raise ValueError(
+                f"{self.declares.name}: {len(self.tasks)} unnamed losses became {len(names)}; which task is absent "
+                "cannot be told. Pass losses as a mapping from task name to loss, or create a new method."
+            )
+        if new:
+            if isinstance(self._preference, tuple):
+                raise ValueError(
+                    f"{self.declares.name}: task {new[0]!r} appeared after the first step, and the preference is "
+                    f"given by position for {len(self._preference)} tasks. Give it by name."
+                )
+            weight_by_name(self._preference, self.tasks + new, self._preference_option)
+            self._grow(self.tasks + new)
+
+    def positions(self, names: Sequence[str]) -> np.ndarray:
+        """[len(names)] int64: where the present tasks stand in the method's buffers."""
+        assert self.tasks is not None, "bind() comes first"
+        index = {name: position for position, name in enumerate(self.tasks)}
+        return np.array([index[name] for name in names], dtype=np.int64)
+
+    def preference(self, names: Sequence[str], *, rescale: bool = True) -> np.ndarray | None:
+        """[len(names)] float64 preference of the present tasks; None if none was given.
+
+        With every task present these are the numbers as given. With some absent and ``rescale`` they are brought
+        to the same sum.
+
+        Raises:
+            ValueError: every task present has preference 0.
+        """
+        if self._preference is None:
+            return None
+        everyone = tuple(names) if self.tasks is None else self.tasks
+        values = weight_by_name(self._preference, everyone, self._preference_option)
+        assert values is not None
+        present = values[[everyone.index(name) for name in names]]
+        if present.sum() == 0:
+            raise ValueError(
+                f"{self.declares.name}: every task present in this step ({', '.join(names)}) has "
+                f"{self._preference_option} 0; give at least one of them a positive one."
+            )
+        return present * (values.sum() / present.sum()) if rescale and len(present) < len(values) else present
+
+    # ---- saving
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Task names and the generator's state, saved by ``state_dict`` beside the buffers."""
+        state: dict[str, Any] = {"tasks": None if self.tasks is None else list(self.tasks)}
+        if self.generator is not None:
+            state["generator"] = self.generator.get_state()
+        return state
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`get_extra_state` saved."""
+        self.tasks = None if state["tasks"] is None else tuple(state["tasks"])
+        if self.generator is not None:
+            self.generator.set_state(state["generator"].cpu())
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A fresh method has no sized buffers yet: take names and sizes from what is loaded.
+        saved = state_dict.get(prefix + "_extra_state", {}).get("tasks")
+        if saved is None:
+            self._unbind()
+        else:
+            if self.tasks is not None and set(self.tasks) != set(saved):
+                raise ValueError(
+                    f"{self.declares.name}: the saved state is for tasks {', '.join(saved)}, this method was "
+                    f"created for {', '.join(self.tasks)}. Create it for the same tasks, or without tasks."
+                )
+            self._unbind()
+            self.bind(saved)
+        for name, buffer in self._buffers.items():
+            loaded = state_dict.get(prefix + name)
+            if buffer is not None and loaded is not None and buffer.shape != loaded.shape:
+                self._buffers[name] = torch.empty_like(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Generators can be neither copied nor pickled; their state can. The engine's memory is not ours to copy.
+        state = {key: value for key, value in self.__dict__.items() if key not in ("generator", "workspace")}
+        state["generator_state"] = None if self.generator is None else self.generator.get_state()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        drawn = state.pop("generator_state")
+        super().__setstate__(state)
+        self.generator = None
+        if drawn is not None:
+            self.generator = torch.Generator()
+            self.generator.set_state(drawn)
+
+    # ---- private
+
+    def _check(self, gradients: TaskGradients) -> None:
+        name, needs = self.declares.name, self.declares.needs
+        if "losses" in needs and gradients.losses is None:
+            raise ValueError(f"{name} needs the losses: pass losses= with one number per task.")
+        if "gramian" in needs and gradients.gramian is None:
+            raise ValueError(f"{name} needs the Gramian of the task gradients, and none was computed.")
+        if "jacobian" in needs and gradients.jacobian is None:
+            raise ValueError(f"{name} needs the task gradients themselves, and only their Gramian was computed.")
+        if gradients.space != "none" and gradients.space not in self.declares.spaces:
+            raise ValueError(
+                f"{name} cannot be solved in the space {gradients.space!r}; it runs on "
+                f"{', '.join(sorted(self.declares.spaces))}."
+            )
+
+    def _unbind(self) -> None:
+        self.tasks = None
+        for name in list(self._buffers):
+            del self._buffers[name]
+
+    def _grow(self, names: tuple[str, ...]) -> None:
+        kept = copy.copy(self._buffers)
+        known = len(self.tasks or ())
+        for name in list(self._buffers):
+            del self._buffers[name]
+        self.allocate(len(names))
+        for name, old in kept.items():
+            fresh = self._buffers.get(name)
+            if old is None or fresh is None or fresh.shape == old.shape:
+                self._buffers[name] = old
+            else:
+                fresh[:known] = old
+        self.tasks = names
+
+
+# ---- checks that methods share
+
+
+def positional(tasks: int) -> tuple[str, ...]:
+    """The names of unnamed tasks: their positions.
+
+    Example:
+        >>> positional(2)
+        ('0', '1')
+    """
+    return tuple(str(position) for position in range(tasks))
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        ValueError: there are none, or one occurs twice.
+
+    Example:
+        >>> check_names(["left", "right"])
+        ('left', 'right')
+    """
+    names = tuple(str(name) for name in names)
+    if not names:
+        raise ValueError("no tasks: give at least one task name or loss.")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"task {name!r} occurs twice; task names must differ.")
+    return names
+
+
+def check_preference(option: str, values: Preference) -> dict[str, float] | tuple[float, ...] | None:
+    """A mapping or sequence of non-negative finite numbers, not all zero, copied; None stays None.
+
+    Raises:
+        ValueError: a number is negative or not finite, or all are zero; the option is named.
+
+    Example:
+        >>> check_preference("preference", [1, 3])
+        (1.0, 3.0)
+    """
+    if values is None:
+        return None
+    checked: dict[str, float] | tuple[float, ...]
+    if isinstance(values, Mapping):
+        checked = {str(name): float(value) for name, value in values.items()}
+        numbers = list(checked.items())
+    else:
+        checked = tuple(float(value) for value in values)
+        numbers = [(str(position), value) for position, value in enumerate(checked)]
+    for name, value in numbers:
+        if not np.isfinite(value) or value < 0:
+            raise ValueError(f"{option} of task {name!r} is {value}; it must be a finite number >= 0.")
+    if not any(value > 0 for _, value in numbers):
+        raise ValueError(f"{option} is zero for every task; at least one must be positive.")
+    return checked
+
+
+def weight_by_name(
+    values: Mapping[str, float] | Sequence[float] | None, names: Sequence[str], option: str
+) -> np.ndarray | None:
+    """[len(names)] float64 of ``values`` in the order of ``names``; None stays None.
+
+    Raises:
+        ValueError: a task has no value, a value has no task, or the count differs.
+
+    Example:
+        >>> weight_by_name({"a": 1.0, "b": 2.0}, ("b", "a"), "preference")
+        array([2., 1.])
+    """
+    if values is None:
+        return None
+    if isinstance(values, Mapping):
+        missing = [name for name in names if name not in values]
+        unknown = [name for name in values if name not in names]
+        if missing:
+            raise ValueError(f"{option} names no value for task {missing[0]!r}; it names {', '.join(values)}.")
+        if unknown:
+            raise ValueError(f"{option} names the unknown task {unknown[0]!r}; the tasks are {', '.join(names)}.")
+        return np.array([values[name] for name in names], dtype=np.float64)
+    if len(values) != len(names):
+        raise ValueError(f"{option} has {len(values)} values for {len(names)} tasks ({', '.join(names)}).")
+    return np.array(values, dtype=np.float64)
+
+
+def one_of(option: str, value: str, choices: Sequence[str]) -> str:
+    """``value`` if it is one of ``choices``.
+
+    Raises:
+        ValueError: it is not; the option and the choices are named.
+
+    Example:
+        >>> one_of("solver", "exact", ("exact", "frank-wolfe"))
+        'exact'
+    """
+    if value not in choices:
+        raise ValueError(f"option {option} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+    return value

@@ -1,0 +1,342 @@
+"""The interactive figures, as plain plotly data: built without importing plotly, drawn by the page.
+
+Colours are tokens with an ``@`` (``"@m3"``, ``"@m3/0.2"`` with opacity); the page replaces them for the reader's
+colour scheme. Texts that come from records are escaped, because plotly reads simple HTML in them.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from detente.records import Row
+from detente.reports.groups import Group, Study
+
+# A figure with more panels than this is not read; beyond it the extremes over tasks are shown.
+MOST_PANELS = 6
+_BINS = 60
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One drawing: its title and caption as plain text, plotly's traces and layout, its height in pixels."""
+
+    title: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    caption: str = ""
+    height: int = 300
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures that belong together, with a text above them; no figures when ``text`` says why."""
+
+    title: str
+    text: str
+    figures: tuple[Figure, ...] = ()
+
+
+def safe(text: str) -> str:
+    """A text from a record, for plotly: its simple HTML must not be read as such."""
+    return html.escape(text, quote=False)
+
+
+def short(value: float | None) -> float | None:
+    """Five significant digits are more than a screen shows, and keep the file small."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """One axis with its title."""
+    return {"title": {"text": safe(title)}, **more}
+
+
+def loss_curves(study: Study) -> Section:
+    """Training and validation loss of every task over epochs."""
+    text = (
+        "Lines are means over seeds, bands reach from the lowest to the highest seed. "
+        "A ring marks the epoch whose weights were chosen on validation data."
+    )
+    tasks = study.tasks[:MOST_PANELS]
+    figures = []
+    for task in tasks:
+        for kind, pick in (("training", _train_loss), ("validation", _validation_loss)):
+            data = []
+            for group in study.groups:
+                if task in group.tasks:
+                    data += _epoch_traces(group, partial(pick, task=task), kind == "validation")
+            if data:
+                layout = {"xaxis": axis("epoch"), "yaxis": axis("loss", **_log_if_wide(data))}
+                figures.append(Figure(f"{task}: {kind} loss", data, layout))
+    if not figures:
+        return Section("Loss curves", "No epochs were recorded.")
+    if len(study.tasks) > len(tasks):
+        text += f" The first {len(tasks)} of {len(study.tasks)} tasks are shown."
+    return Section("Loss curves", text, tuple(figures))
+
+
+def weight_curves(study: Study) -> Section:
+    """The share of each task in the weights over steps."""
+    title = "Weights"
+    shares = {group.key: _points(group, _shares) for group in study.compared}
+    lacking = [group.name for group in study.compared if not shares[group.key]]
+    if len(lacking) == len(study.compared):
+        return Section(title, "No weights of tasks were recorded.")
+    text = (
+        "Each task's share of the weights, so that methods with different scales can be compared: "
+        "weight divided by the sum of the weights' sizes. Lines are medians over neighbouring steps "
+        "(of all seeds), bands hold the middle half."
+    )
+    if lacking:
+        text += f" No weights recorded: {', '.join(lacking)}."
+    series: list[tuple[str, Callable[[Mapping[str, float]], float | None]]]
+    if len(study.tasks) <= MOST_PANELS:
+        series = [(f"{task}: share of the weights", partial(_share_of, task=task)) for task in study.tasks]
+    else:
+        series = [
+            ("largest share of a task", lambda found: max(found.values(), default=None)),
+            ("smallest share of a task", lambda found: min(found.values(), default=None)),
+        ]
+    figures = []
+    for name, pick in series:
+        data: list[dict[str, Any]] = []
+        for group in study.compared:
+            data += _step_traces(group, [(step, pick(found)) for step, found in shares[group.key]])
+        layout = {"xaxis": axis("step"), "yaxis": axis("share", rangemode="tozero")}
+        figures.append(Figure(name, data, layout))
+    return Section(title, text, tuple(figures))
+
+
+def conflict_curves(study: Study) -> Section:
+    """Cosine, condition number and magnitude similarity over steps, raw and altered."""
+    title = "Conflict between the gradients"
+    cosine = "cosine of the two gradients" if len(study.tasks) == 2 else "smallest cosine of two gradients"
+    measures: tuple[tuple[str, str, dict[str, Any], float | None], ...] = (
+        ("minimal_cosine", cosine, {"range": [-1.05, 1.05]}, 0.0),
+        ("condition_number", "condition number", {"type": "log"}, 10.0),
+        ("magnitude_similarity", "magnitude similarity", {"range": [-0.05, 1.05]}, None),
+    )
+    figures = []
+    for which, when in (("raw", "as given"), ("altered", "after the method")):
+        for key, name, options, line in measures:
+            data: list[dict[str, Any]] = []
+            for group in study.compared:
+                data += _step_traces(group, _points(group, partial(_measure, which=which, key=key)))
+            if not data:
+                continue
+            layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis(name, **options)}
+            if key == "condition_number" and not _any_number(data):
+                continue
+            if line is not None:
+                layout["shapes"] = [straight_line("y", line, "@muted", "dot", 1)]
+            figures.append(Figure(f"{name}, {when}", data, layout, height=270))
+    measured = [group for group in study.compared if _points(group, lambda row: row.get("raw"))]
+    if not measured or not figures:
+        return Section(title, "No conflict measures were recorded.")
+    text = (
+        "Cosine below the dotted line: the tasks pull against each other. Condition number: largest over "
+        "smallest singular value of the matrix of gradients; 10 is dotted. Magnitude similarity: 1 when the "
+        "gradients are equally long. Broken lines are measured on the features, where the gradients are others "
+        "than on the parameters."
+    )
+    altered = [group.name for group in study.compared if _points(group, lambda row: row.get("altered"))]
+    if altered:
+        text += f" “After the method” exists where the method alters each gradient: {', '.join(altered)}."
+    else:
+        text += " No method here alters the gradients one by one, so there is nothing to measure after it."
+    lacking = [group.name for group in study.compared if group not in measured]
+    if lacking:
+        text += f" Not measured: {', '.join(lacking)}."
+    share = _infinite_share(measured)
+    if share > 0:
+        text += f" In {100 * share:.2g} % of the steps the condition number was infinite."
+    return Section(title, text, tuple(figures))
+
+
+def _epoch_traces(
+    group: Group, pick: Callable[[Row], float | None], mark_selected: bool
+) -> list[dict[str, Any]]:
+    by_epoch: dict[int, list[float]] = {}
+    for run in group.runs:
+        for row in run.epochs:
+            value = pick(row)
+            if value is not None:
+                by_epoch.setdefault(row["epoch"], []).append(value)
+    if not by_epoch:
+        return []
+    epochs = sorted(by_epoch)
+    means = [short(math.fsum(by_epoch[epoch]) / len(by_epoch[epoch])) for epoch in epochs]
+    low, high = ([short(pick_(by_epoch[epoch])) for epoch in epochs] for pick_ in (min, max))
+    traces = _band(group, epochs, low, high) if len(group.runs) > 1 else []
+    traces.append(_curve(group, epochs, means))
+    chosen = _selected(group)
+    if mark_selected and chosen in by_epoch:
+        ring = {
+            "size": 15,
+            "symbol": "circle-open",
+            "color": f"@{group.style.colour}",
+            "line": {"width": 1.5},
+        }
+        place = epochs.index(chosen)
+        traces.append(
+            {
+                **trace_base(group),
+                "x": [chosen],
+                "y": [means[place]],
+                "mode": "markers",
+                "marker": ring,
+                "hoverinfo": "skip",
+            }
+        )
+    return traces
+
+
+def _step_traces(group: Group, points: Sequence[tuple[int, float | None]]) -> list[dict[str, Any]]:
+    """Median and middle half over neighbouring steps; infinite values count as larger than all others."""
+    found = [(step, value) for step, value in points if value is not None]
+    if not found:
+        return []
+    found.sort(key=lambda point: point[0])
+    bins = min(_BINS, len(found))
+    x: list[int] = []
+    quartiles: list[tuple[float | None, ...]] = []
+    for number in range(bins):
+        part = found[number * len(found) // bins : (number + 1) * len(found) // bins]
+        values = sorted(value for _, value in part)
+        x.append(part[len(part) // 2][0])
+        quartiles.append(tuple(short(_quantile(values, share)) for share in (0.25, 0.5, 0.75)))
+    low, middle, high = (list(column) for column in zip(*quartiles, strict=True))
+    # A band needs both of its edges; where one is infinite there is none.
+    whole = [i for i in range(bins) if low[i] is not None and high[i] is not None]
+    band = _band(group, [x[i] for i in whole], [low[i] for i in whole], [high[i] for i in whole])
+    return [*(band if len(found) > bins else []), _curve(group, x, middle)]
+
+
+def _band(
+    group: Group, x: Sequence[int], low: Sequence[float | None], high: Sequence[float | None]
+) -> list[dict[str, Any]]:
+    if len(x) < 2:
+        return []
+    return [
+        {
+            **trace_base(group),
+            "x": [*x, *reversed(x)],
+            "y": [*low, *reversed(high)],
+            "mode": "lines",
+            "line": {"width": 0},
+            "fill": "toself",
+            "fillcolor": f"@{group.style.colour}/0.14",
+            "hoverinfo": "skip",
+        }
+    ]
+
+
+def _curve(group: Group, x: Sequence[int], y: Sequence[float | None]) -> dict[str, Any]:
+    colour = f"@{group.style.colour}"
+    return {
+        **trace_base(group),
+        "x": list(x),
+        "y": list(y),
+        "mode": "lines+markers",
+        "line": {"color": colour, "width": 2, "dash": group.style.dash},
+        "marker": {"color": colour, "size": 7, "symbol": group.style.symbol, "maxdisplayed": 8},
+        "hovertemplate": "%{x}: %{y:.4g}",
+    }
+
+
+def trace_base(group: Group) -> dict[str, Any]:
+    """What every trace of a group has; ``meta`` lets the legend switch the group off everywhere."""
+    return {"type": "scatter", "name": safe(group.name), "meta": group.key}
+
+
+def straight_line(direction: str, value: float, colour: str, dash: str, width: float) -> dict[str, Any]:
+    """A straight line across the whole figure at one value of ``direction``."""
+    other = "x" if direction == "y" else "y"
+    return {
+        "type": "line",
+        "layer": "below",
+        f"{direction}0": value,
+        f"{direction}1": value,
+        f"{other}ref": "paper",
+        f"{other}0": 0,
+        f"{other}1": 1,
+        "line": {"color": colour, "dash": dash, "width": width},
+    }
+
+
+def _points(group: Group, pick: Callable[[Row], Any]) -> list[tuple[int, Any]]:
+    return [
+        (row["step"], value) for run in group.runs for row in run.steps if (value := pick(row)) is not None
+    ]
+
+
+def _train_loss(row: Row, task: str) -> float | None:
+    return _number(row.get("train_loss", {}).get(task))
+
+
+def _validation_loss(row: Row, task: str) -> float | None:
+    return _number(row.get("validation", {}).get(task, {}).get("loss"))
+
+
+def _shares(row: Row) -> dict[str, float] | None:
+    weights = row.get("weights")
+    if weights is None or any(_number(weight) is None for weight in weights):
+        return None
+    size = math.fsum(abs(weight) for weight in weights)
+    return {name: weight / size for name, weight in zip(row["names"], weights, strict=True)} if size else None
+
+
+def _share_of(found: Mapping[str, float], task: str) -> float | None:
+    return found.get(task)
+
+
+def _measure(row: Row, which: str, key: str) -> float | None:
+    measured = row.get(which)
+    if not isinstance(measured, dict) or key not in measured:
+        return None
+    value = _number(measured[key])
+    # JSON has no infinity: the record stores null where the matrix of gradients is singular.
+    return math.inf if value is None and key == "condition_number" else value
+
+
+def _infinite_share(groups: Iterable[Group]) -> float:
+    values = [v for g in groups for _, v in _points(g, lambda row: _measure(row, "raw", "condition_number"))]
+    return sum(1 for value in values if math.isinf(value)) / len(values) if values else 0.0
+
+
+def _selected(group: Group) -> int | None:
+    """The chosen epoch, where one run chose one epoch."""
+    if len(group.runs) != 1 or group.runs[0].result is None:
+        return None
+    chosen = group.runs[0].result.get("selected_epochs")
+    return chosen[0] if isinstance(chosen, list) and len(chosen) == 1 and isinstance(chosen[0], int) else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between ordered values; infinite when a neighbour is."""
+    place = share * (len(values) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(values) - 1)
+    if place == below or values[below] == values[above]:
+        return values[below]
+    return values[below] + (place - below) * (values[above] - values[below])
+
+
+def _any_number(data: Iterable[Mapping[str, Any]]) -> bool:
+    return any(value is not None for trace in data for value in trace["y"])
+
+
+def _log_if_wide(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """A logarithmic axis where the losses span more than a factor of five and are all positive."""
+    values = [value for trace in data for value in trace["y"] if value is not None]
+    wide = bool(values) and min(values) > 0 and max(values) > 5 * min(values)
+    return {"type": "log", "dtick": "D2"} if wide else {}

@@ -1,0 +1,270 @@
+"""One self-contained page out of stored runs: no network, no other file, names from outside escaped."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from detente.records import RecordError, Run, UnwritableFolder, find_runs, write_text
+from detente.reports.figures import Figure, Section, conflict_curves, loss_curves, weight_curves
+from detente.reports.groups import Study, collect
+from detente.reports.plane import plane_section
+from detente.reports.samples import strips_html
+from detente.reports.style import BACKGROUND, PALETTE, svg_sample
+from detente.reports.tables import table_of
+from detente.reports.verdict import verdict
+
+# Nothing is fetched, whatever a record contains: the page may only run and show what is inside it.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+
+
+class NoRuns(ValueError):
+    """The folders given to a report hold no run that can be read."""
+
+
+def build_report(folders: Sequence[Path], output: Path, title: str = "Détente report") -> Path:
+    """Write one HTML file with everything that the runs in these folders say.
+
+    Args:
+        folders: run folders, or folders that contain some.
+        output: the file to write; its folder is made.
+        title: the heading of the page.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        NoRuns: no folder holds a readable run.
+        FileNotFoundError: a folder does not exist.
+        UnwritableFolder: the file cannot be written.
+    """
+    problems: list[RecordError] = []
+    runs: dict[Path, Run] = {}
+    for folder in folders:
+        for run in find_runs(Path(folder), problems):
+            runs.setdefault(run.path.resolve(), run)
+    if not runs:
+        places = ", ".join(str(folder) for folder in folders) or "no folder"
+        detail = f" ({problems[0]})" if problems else ""
+        raise NoRuns(
+            f"{places}: there is no run to report on{detail}. "
+            "A run is a folder with a config.json; `detente run` makes one."
+        )
+    readable = [_readable(run, problems) for run in runs.values()]
+    page = render(collect(readable), title, [str(problem) for problem in problems])
+    output = Path(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, page)
+    except OSError as error:
+        raise UnwritableFolder(output, error) from error
+    return output
+
+
+def render(studies: Sequence[Study], title: str, problems: Sequence[str] = ()) -> str:
+    """The page as text."""
+    import plotly.offline
+
+    figures: list[Figure] = []
+    body = "\n".join(_study_html(study, figures, len(studies) > 1) for study in studies)
+    palette = {mode: {**PALETTE[mode], "card": BACKGROUND[mode]} for mode in PALETTE}
+    data = {
+        "palette": palette,
+        "figures": [{"data": figure.data, "layout": figure.layout} for figure in figures],
+    }
+    # Inside a script element "<" could end it, whatever the quotes around it.
+    stored = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    name = html.escape(title)
+    warning = ""
+    if problems:
+        items = "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
+        warning = f"<section class='warning'><h2>Not everything could be read</h2><ul>{items}</ul></section>"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{name}</title>
+<style>
+{_css()}
+</style>
+</head>
+<body>
+<header class="top"><h1>{name}</h1><p class="muted">{_summary(studies)}</p></header>
+<main>
+{warning}
+<noscript><p>The figures need JavaScript; the verdict and the table do not.</p></noscript>
+{body}
+</main>
+<footer><p>{_versions(studies)}</p></footer>
+<script type="application/json" id="report-data">{stored}</script>
+<script>{plotly.offline.get_plotlyjs()}</script>
+<script>
+{_asset("page.js")}
+</script>
+</body>
+</html>
+"""
+
+
+def _readable(run: Run, problems: list[RecordError]) -> Run:
+    """The run, with files that are damaged left out and named among the problems."""
+    for name in ("epochs", "steps", "samples"):
+        try:
+            getattr(run, name)
+        except RecordError as error:
+            problems.append(error)
+            # A cached property keeps its value in the instance's dictionary.
+            run.__dict__[name] = None if name == "samples" else ()
+    return run
+
+
+def _study_html(study: Study, figures: list[Figure], several: bool) -> str:
+    parts = []
+    if several:
+        parts.append(f"<h2 class='experiment'>{html.escape(study.experiment)}</h2>")
+    found = verdict(study)
+    items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found.sentences)
+    limits = f"<ul>{items}</ul>" if items else ""
+    headline = html.escape(found.headline)
+    parts.append(f"<section class='verdict'><p class='headline'>{headline}</p>{limits}</section>")
+    parts.append(f"<section><h2>Results on test data</h2>{_table_html(study)}</section>")
+    parts.append(_legend(study))
+    for section in (plane_section(study), loss_curves(study), weight_curves(study), conflict_curves(study)):
+        parts.append(_section_html(section, figures))
+    parts.append(f"<section><h2>Sample images</h2>{strips_html(study)}</section>")
+    parts.append(f"<section><h2>Every run</h2>{_runs_html(study)}</section>")
+    return "\n".join(parts)
+
+
+def _section_html(section: Section, figures: list[Figure]) -> str:
+    drawn = []
+    for figure in section.figures:
+        label = html.escape(figure.title or section.title, quote=True)
+        heading = f"<h3>{html.escape(figure.title)}</h3>" if figure.title else ""
+        caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>" if figure.caption else ""
+        drawn.append(
+            f"<figure>{heading}<div class='drawing' role='img' aria-label=\"{label}\" "
+            f"data-figure='{len(figures)}' style='height:{figure.height}px'></div>{caption}</figure>"
+        )
+        figures.append(figure)
+    grid = f"<div class='figures'>{''.join(drawn)}</div>" if drawn else ""
+    return f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>{grid}</section>"
+
+
+def _table_html(study: Study) -> str:
+    table = table_of(study)
+    number = [" class='number'" if column.numeric else "" for column in table.columns]
+    head = "".join(
+        f"<th scope='col'{kind}>{html.escape(column.title)}{_ARROW[column.higher_is_better]}</th>"
+        for column, kind in zip(table.columns, number, strict=True)
+    )
+    rows = []
+    for row in table.rows:
+        first, *others = row.cells
+        cells = [f"<th scope='row'>{svg_sample(row.group.style)}{html.escape(first.text)}</th>"]
+        for cell, column in zip(others, table.columns[1:], strict=True):
+            kinds = [name for name, here in (("number", column.numeric), ("best", cell.best)) if here]
+            kind = f" class='{' '.join(kinds)}'" if kinds else ""
+            cells.append(f"<td{kind}>{html.escape(cell.text)}</td>")
+        rows.append(f"<tr{' class=single' if row.group.single else ''}>{''.join(cells)}</tr>")
+    notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in table.notes)
+    return (
+        f"<div class='scroll' tabindex='0'><table class='results'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>{notes}"
+    )
+
+
+_ARROW = {True: " ↑", False: " ↓", None: ""}
+
+
+def _legend(study: Study) -> str:
+    buttons = "".join(
+        f"<button type='button' aria-pressed='true' data-group='{group.key}'>"
+        f"{svg_sample(group.style)}{html.escape(group.name)}</button>"
+        for group in study.groups
+    )
+    return f"<nav class='legend' aria-label='Methods: press to hide or show in all figures'>{buttons}</nav>"
+
+
+def _runs_html(study: Study) -> str:
+    parts = []
+    for group in study.groups:
+        for run in group.runs:
+            command = html.escape(str(run.config["command"]))
+            config = html.escape(json.dumps(run.config, indent=2, ensure_ascii=False))
+            parts.append(
+                f"<details><summary>{html.escape(group.name)}, seed {run.seed} "
+                f"<span class='state'>{html.escape(_state(run))}</span></summary>"
+                f"<pre><code>{command}</code></pre><pre><code>{config}</code></pre></details>"
+            )
+    return "".join(parts)
+
+
+def _state(run: Run) -> str:
+    """In words: finished or not, how long, and what its steps reported."""
+    parts = []
+    if run.result is None:
+        parts.append(f"not finished, {len(run.epochs)} epochs recorded")
+    else:
+        parts.append(f"{run.result['epochs']} epochs")
+        if run.result.get("seconds") is not None:
+            parts.append(f"{run.result['seconds']:.0f} s")
+        if run.result.get("parameters") is not None:
+            parts.append(f"{run.result['parameters']:,} parameters".replace(",", " "))
+    if run.steps:
+        parts.append(f"{len(run.steps)} steps recorded")
+    status = Counter(str(row["status"]) for row in run.steps if row.get("status", "ok") != "ok")
+    parts += [f"{count} {name}" for name, count in sorted(status.items())]
+    refused = sum(row["refused"] for row in run.epochs if isinstance(row.get("refused"), int))
+    if refused:
+        parts.append(f"{refused} steps refused in all")
+    parts.append(f"folder {run.path.name}")
+    return ", ".join(parts)
+
+
+def _summary(studies: Sequence[Study]) -> str:
+    runs = [run for study in studies for run in study.runs]
+    names = ", ".join(study.experiment for study in studies)
+    started = sorted(str(run.config["started"])[:10] for run in runs)
+    days = started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"
+    done = sum(1 for run in runs if run.finished)
+    count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+    state = "" if done == len(runs) else f", {done} finished"
+    return html.escape(f"{names}: {count}{state}, started {days}")
+
+
+def _versions(studies: Sequence[Study]) -> str:
+    """The versions the runs were made with, all of them where they differ."""
+    found: dict[str, dict[str, None]] = {}
+    for study in studies:
+        for run in study.runs:
+            for name, version in run.config["versions"].items():
+                found.setdefault(name, {})[str(version)] = None
+    listed = (f"{name} {' / '.join(versions)}" for name, versions in found.items())
+    return html.escape(f"Made from the runs' own records. {', '.join(listed)}.")
+
+
+def _css() -> str:
+    rules = _asset("page.css")
+    for mode, colour in BACKGROUND.items():
+        rules = rules.replace(f"BACKGROUND-{mode.upper()}", colour)
+    light, dark = (_variables(PALETTE[mode]) for mode in ("light", "dark"))
+    return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{rules}"
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return "".join(f"--{name}:{value};" for name, value in colours.items())
+
+
+def _asset(name: str) -> str:
+    return (resources.files("detente.reports") / "assets" / name).read_text(encoding="utf-8")

@@ -1,0 +1,276 @@
+"""The table of results: numbers first, text for the reader beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from detente.records import Metric, Run
+from detente.reports.groups import Group, Study, collect
+from detente.statistics import Spread, spread
+
+if TYPE_CHECKING:
+    import rich.table
+
+MISSING = "–"
+# With more tasks a column for each no longer fits a page.
+MOST_TASK_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its title, whether it holds numbers, and which direction is better (None: neither)."""
+
+    key: str
+    title: str
+    numeric: bool = True
+    higher_is_better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: text for the reader, the number behind it (None if there is none), and whether it leads."""
+
+    text: str
+    value: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One group of runs."""
+
+    group: Group
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows and notes in words about what is missing or how a number was made."""
+
+    experiment: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def records(self) -> list[dict[str, str | float | None]]:
+        """One dictionary for every row: column key to number (text for columns of text).
+
+        `pandas.DataFrame(table.records())` makes a data frame of it.
+        """
+        return [
+            {
+                column.key: cell.value if column.numeric else cell.text
+                for column, cell in zip(self.columns, row.cells, strict=True)
+            }
+            for row in self.rows
+        ]
+
+
+def results_table(runs: Iterable[Run]) -> list[Table]:
+    """One table for each experiment among the runs; an empty list for no runs."""
+    return [table_of(study) for study in collect(runs)]
+
+
+def table_of(study: Study) -> Table:
+    """The table of one study: main metric of every task, Δm, time, memory."""
+    columns = [Column("method", "method", numeric=False), Column("gradients", "gradients", numeric=False)]
+    narrow = len(study.tasks) <= MOST_TASK_COLUMNS
+    if narrow:
+        for task in study.tasks:
+            metric = study.metrics[task]
+            unit = " %" if metric.percent else ""
+            columns.append(
+                Column(f"{task} {metric.name}", f"{task} {metric.name}{unit}", True, metric.higher_is_better)
+            )
+    common = _common_metric(study)
+    if not narrow and common is not None:
+        unit = " %" if common.percent else ""
+        title = f"mean {common.name}{unit}"
+        columns.append(Column("mean", title, True, common.higher_is_better))
+    columns += [
+        Column("delta_m", "Δm %", True, False),
+        Column("relative_seconds", "time per epoch", True, None),
+        Column("peak_memory_bytes", "peak memory", True, None),
+        Column("seeds", "seeds", True, None),
+    ]
+    rows = []
+    for group in study.groups:
+        cells = [Cell(title_of(group)), Cell(_GRADIENTS.get(group.gradients, group.gradients))]
+        if narrow:
+            cells += [_metric_cell(group, study.metrics[task]) for task in study.tasks]
+        elif common is not None:
+            cells.append(_mean_cell(group, common))
+        cells += [
+            _delta_cell(study, group),
+            _seconds_cell(study, group),
+            _memory_cell(group),
+            _seeds_cell(group),
+        ]
+        rows.append(Row(group, tuple(cells)))
+    return Table(study.experiment, tuple(columns), _mark_best(columns, rows), tuple(_notes(study, narrow)))
+
+
+def title_of(group: Group) -> str:
+    """The group's name without the gradients, which have a column of their own."""
+    return group.name.replace(f" ({group.gradients})", "", 1)
+
+
+def show_metric(value: float, metric: Metric) -> str:
+    """A metric as the reader sees it: percent with two digits, else four significant digits.
+
+    >>> show_metric(0.96418, Metric("left", "accuracy", True, True))
+    '96.42'
+    """
+    return f"{100 * value:.2f}" if metric.percent else f"{value:.4g}"
+
+
+def show_signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, a true minus, and no negative zero.
+
+    >>> show_signed(-0.304), show_signed(-0.001), show_signed(1.5)
+    ('−0.30', '0.00', '+1.50')
+    """
+    text = f"{value:+.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
+def show_spread(text: str, found: Spread, scale: float, digits: str) -> str:
+    """A mean with its standard deviation, when there is more than one value."""
+    return text if found.deviation is None else f"{text} ± {scale * found.deviation:{digits}}"
+
+
+def rich_table(table: Table) -> rich.table.Table:
+    """The table for a terminal, for `rich.print`."""
+    import rich.table
+    from rich.text import Text
+
+    shown = rich.table.Table(title=f"{table.experiment}: test results")
+    for column in table.columns:
+        shown.add_column(Text(column.title), justify="right" if column.numeric else "left")
+    for row in table.rows:
+        shown.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row.cells))
+    return shown
+
+
+_GRADIENTS = {"none": "not needed"}
+
+
+def _common_metric(study: Study) -> Metric | None:
+    """The main metric if all tasks share one (by name, direction and unit)."""
+    first = study.metrics[study.tasks[0]]
+    same = all(replace(study.metrics[task], task=first.task) == first for task in study.tasks)
+    return first if same else None
+
+
+def _metric_cell(group: Group, metric: Metric) -> Cell:
+    if metric.task not in group.tasks:
+        return Cell("")
+    found = spread(group.values(metric.task))
+    if found is None:
+        return Cell(MISSING)
+    scale, digits = (100.0, ".2f") if metric.percent else (1.0, ".2g")
+    return Cell(show_spread(show_metric(found.mean, metric), found, scale, digits), found.mean)
+
+
+def _mean_cell(group: Group, metric: Metric) -> Cell:
+    if group.single:
+        return _metric_cell(group, replace(metric, task=group.tasks[0]))
+    means = []
+    for run in group.finished:
+        values = [run.main_value(task) for task in group.tasks]
+        numbers = [value for value in values if value is not None]
+        if len(numbers) == len(values):
+            means.append(sum(numbers) / len(numbers))
+    found = spread(means)
+    if found is None:
+        return Cell(MISSING)
+    scale, digits = (100.0, ".2f") if metric.percent else (1.0, ".2g")
+    return Cell(show_spread(show_metric(found.mean, metric), found, scale, digits), found.mean)
+
+
+def _delta_cell(study: Study, group: Group) -> Cell:
+    if group.single:
+        return Cell("")
+    found, _ = study.delta_m(group)
+    if found is None:
+        return Cell(MISSING)
+    return Cell(show_spread(show_signed(found.mean), found, 1.0, ".2f"), found.mean)
+
+
+def _seconds_cell(study: Study, group: Group) -> Cell:
+    ours = group.median("seconds_per_epoch")
+    if ours is None:
+        return Cell(MISSING)
+    relative = study.relative_seconds(group)
+    absolute = f"{ours:.3g} s"
+    return Cell(f"{relative:.2f} × ({absolute})" if relative is not None else absolute, relative)
+
+
+def _memory_cell(group: Group) -> Cell:
+    found = group.median("peak_memory_bytes")
+    if found is None:
+        return Cell(MISSING)
+    size = f"{found / 2**30:.2f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
+    return Cell(size, found)
+
+
+def _seeds_cell(group: Group) -> Cell:
+    open_runs = len(group.runs) - len(group.finished)
+    text = str(len(group.seeds)) if group.finished else ""
+    if open_runs:
+        epochs = max((len(run.epochs) for run in group.runs if not run.finished), default=0)
+        text = f"{text} + {open_runs} not finished" if text else f"not finished, epoch {epochs}"
+    return Cell(text, float(len(group.seeds)))
+
+
+def _mark_best(columns: list[Column], rows: list[Row]) -> tuple[Row, ...]:
+    """Mark the leading numbers among the rows that learned several tasks; equal texts lead together."""
+    cells = [list(row.cells) for row in rows]
+    for index, column in enumerate(columns):
+        if column.higher_is_better is None:
+            continue
+        numbers = {
+            number: value
+            for number, row in enumerate(rows)
+            if not row.group.single and (value := row.cells[index].value) is not None
+        }
+        if len(numbers) < 2:
+            continue
+        pick = max if column.higher_is_better else min
+        text = rows[pick(numbers, key=lambda number: numbers[number])].cells[index].text
+        # "96.42 ± 0.10" and "96.42 ± 0.20" lead together: what is compared is the mean as shown.
+        lead = text.split(" ± ")[0]
+        leading = [n for n in numbers if rows[n].cells[index].text.split(" ± ")[0] == lead]
+        if len(leading) < len(numbers):
+            for number in leading:
+                cells[number][index] = replace(cells[number][index], best=True)
+    return tuple(Row(row.group, tuple(entries)) for row, entries in zip(rows, cells, strict=True))
+
+
+def _notes(study: Study, narrow: bool) -> Iterable[str]:
+    if any(len(group.seeds) > 1 for group in study.groups):
+        yield "Numbers are means over seeds ± their standard deviation; time and memory are medians."
+    reasons = {
+        reason for group in study.compared for found, reason in [study.delta_m(group)] if found is None
+    }
+    done = [group for group in study.compared if group.finished]
+    if study.singles and any(study.delta_m(group)[0] for group in study.compared):
+        yield (
+            "Δm: mean relative change of the main metrics against networks trained for one task alone, "
+            "in percent. Positive is worse than those, negative better."
+        )
+    for reason in sorted(reasons) if done else ():
+        yield f"Δm is missing where it cannot be computed: {reason}."
+    if study.uniform() is None:
+        yield "Times are absolute: no finished run with uniform weights to compare with."
+    else:
+        yield "Time per epoch is a multiple of that of uniform weights, in brackets seconds of training."
+    if any(cell for cell in (group.median("peak_memory_bytes") for group in study.groups)):
+        yield "Peak memory is that of the whole process."
+    if not narrow:
+        yield f"{len(study.tasks)} tasks: the mean over tasks is shown; the figure has each of them."
+    for group in study.groups:
+        if len(group.seeds) < len(group.finished):
+            yield f"{group.name}: two runs have the same seed, so the spread looks smaller than it is."

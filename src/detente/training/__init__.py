@@ -1,0 +1,12 @@
+"""The training loop: one problem, one method, one run folder.
+
+What belongs here: what the loop needs of a problem (`problem`), its typed configuration (`config`), the choice of
+epochs on validation data (`selection`), saving and exact resuming (`checkpoint`), and the loop itself (`loop`).
+The loop never knows a method's name.
+"""
+
+from detente.training.config import TrainingConfig
+from detente.training.loop import evaluate, train
+from detente.training.problem import Problem, Split
+
+__all__ = ["Problem", "Split", "TrainingConfig", "evaluate", "train"]

@@ -1,0 +1,87 @@
+"""The configuration every experiment shares; an experiment adds its own fields."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run."""
+
+    method: str = "uniform"
+    """Name of a method (see `detente methods`), or path/to/file.py:ClassName."""
+    option: tuple[str, ...] = ()
+    """Options of the method, each as name=value, such as normalize=l2 or preference={"left":2,"right":1}."""
+    gradients: Literal["exact", "features", "layer"] = "exact"
+    """Where the method is solved: on the shared parameters, on the representation, or on the last shared layer."""
+    scale: Literal["native", "sum", "mean", "unit"] = "native"
+    """Length of the shared direction: the method's own, or that of the summed, the mean or a unit gradient."""
+    data_dir: Path | None = None
+    """Folder of the data; without it the data packaged with detente are used where there are any."""
+    epochs: int = 100
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs."""
+    batch_size: int = 256
+    """Examples of one step."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The optimizer that takes the steps."""
+    learning_rate: float = 0.01
+    """Learning rate at the start."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum for SGD."""
+    weight_decay: float = 0.0
+    """Weight decay (decoupled for adamw)."""
+    halve_every: int = 30
+    """Halve the learning rate every so many epochs; 0 never does."""
+    selection: Literal["mean", "last", "last-k", "non-dominated"] = "mean"
+    """Which epochs are tested, chosen on validation data: the best mean of the tasks' main metrics; the last; the
+    mean over the last k; the latest that no other epoch dominates."""
+    selection_k: int = 10
+    """k of the rule last-k."""
+    seed: int = 0
+    """Seeds the network, the order of the data and the method."""
+    record_steps: int = 200
+    """About how many steps of the run are recorded in full."""
+    measure: bool = False
+    """Take task gradients at recorded steps also for methods that do not need them."""
+    checkpoint_seconds: float = 60.0
+    """Save a checkpoint at least this often within an epoch (one is always saved at its end)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "selection_k", "record_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1.")
+        if self.halve_every < 0:
+            raise ValueError(f"halve_every is {self.halve_every}; it must be 0 (never) or more.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive.")
+
+    def method_options(self) -> dict[str, Any]:
+        """The options of the method: numbers, mappings and sequences as Python values, everything else as text.
+
+        Raises:
+            ValueError: an entry is not name=value.
+
+        Example:
+            >>> TrainingConfig(option=("c=0.4", "solver=exact")).method_options()
+            {'c': 0.4, 'solver': 'exact'}
+        """
+        options: dict[str, Any] = {}
+        for entry in self.option:
+            name, equals, value = entry.partition("=")
+            if not equals or not name:
+                raise ValueError(f"option {entry!r} is not of the form name=value.")
+            try:
+                options[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                options[name] = value
+        return options

@@ -1,0 +1,397 @@
+"""Train one problem with one method, and write everything down as it happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from detente.methods import Method, create, describe
+from detente.records import SCHEMA, RunFolder, versions
+from detente.step import backward
+from detente.training import checkpoint
+from detente.training.config import TrainingConfig
+from detente.training.memory import peak_bytes, reset_peak
+from detente.training.problem import Problem, SplitName
+from detente.training.progress import Progress, progress
+from detente.training.selection import chosen, kept
+from detente.values import StepRecord
+
+_EVALUATION_BATCH = 1000
+_SAMPLES = 12
+# What may differ between the command that started a run and one that resumes it.
+_VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir")
+
+
+@dataclass
+class Position:
+    """Where a run stands: saved in every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    examples: int = 0
+    refused: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    problem: Problem,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    experiment: str,
+    command: str,
+    label: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train, select epochs on validation data, test once; resume if the folder holds an unfinished run.
+
+    A run that is killed at any moment and started again by the same call ends with the same weights and records
+    (seconds aside) as one that was not.
+
+    Args:
+        problem: what to learn.
+        config: how.
+        folder: the run folder; made if it does not exist.
+        experiment: name of the protocol, for the record.
+        command: the command line, for the record.
+        label: how tables call the run; None takes the method and where it is solved.
+        quiet: show no progress.
+
+    Returns:
+        The result as stored in ``result.json``.
+
+    Raises:
+        ValueError: an unknown method or option, a space the method cannot be solved in, or NaN in training.
+        ConfigMismatch: the folder holds a run with another configuration.
+        UnwritableFolder: the folder cannot be written.
+        CheckpointError: the checkpoint in the folder is damaged.
+    """
+    method = create_method(problem, config)
+    described = describe(type(method))
+    space = config.gradients if described.takes_gradients else "none"
+    if space != "none" and space not in described.spaces:
+        raise ValueError(
+            f"method {described.name} cannot be solved on {space!r}; it runs on {', '.join(sorted(described.spaces))}."
+        )
+    stored = {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "label": label or (f"{described.name} ({space})" if space != "none" else described.name),
+        "method": config.method,
+        "options": config.method_options(),
+        "gradients": space,
+        "tasks": list(problem.tasks),
+        "metrics": [asdict(metric) for metric in problem.metrics],
+        "main_metric": dict(problem.main_metric),
+        "seed": config.seed,
+        "config": _plain(asdict(config)),
+        "problem": problem.describe(),
+        "command": command,
+        "versions": versions(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with RunFolder.open_or_create(folder, stored, ignore=_VOLATILE) as records:
+        finished = records.read().result
+        if finished is not None:
+            return dict(finished)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            run = _Run(problem, config, method, records, stored, quiet)
+            run.advance()
+            return run.finish()
+
+
+def create_method(problem: Problem, config: TrainingConfig) -> Method:
+    """The method a configuration asks for; a random one is seeded with the run's seed unless told otherwise."""
+    options = config.method_options()
+    method = create(config.method, **options)
+    if "seed" in describe(type(method)).options:
+        options.setdefault("seed", config.seed)
+    return create(config.method, tasks=tuple(problem.tasks), **options)
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
+    """[examples] int64: the order of the training examples in an epoch, a function of its arguments alone.
+
+    Example:
+        >>> epoch_order(5, seed=0, epoch=3).equal(epoch_order(5, seed=0, epoch=3))
+        True
+    """
+    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(state))
+
+
+def evaluate(problem: Problem, model: nn.Module, split: SplitName) -> dict[str, dict[str, float]]:
+    """Task to metric to value over a whole split; the network's mode and gradients are left as they are."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    examples, meter = problem.split(split), problem.meter()
+    model.eval()
+    try:
+        with torch.no_grad():
+            for indices in torch.arange(len(examples)).split(_EVALUATION_BATCH):
+                inputs, labels = _to_device(examples.batch(indices), device)
+                meter.update(model(inputs), labels)
+    finally:
+        model.train(was_training)
+    return meter.compute()
+
+
+class _Run:
+    """One run in progress: the objects that change while it trains."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: TrainingConfig,
+        method: Method,
+        records: RunFolder,
+        stored: Mapping[str, Any],
+        quiet: bool,
+    ) -> None:
+        from lightning_fabric import Fabric
+
+        self.problem, self.config, self.method, self.records, self.stored = problem, config, method, records, stored
+        self.info = describe(type(method))
+        self.quiet = quiet
+        fabric = Fabric(accelerator="auto", devices=1)
+        self.module = problem.model()
+        self.model, self.optimizer = fabric.setup(self.module, make_optimizer(self.module, config))
+        self.device = fabric.device
+        named = getattr(self.module, "shared_parameters", None)
+        self.shared = None if named is None else list(named())
+        self.data = problem.split("train")
+        batches = -(-len(self.data) // config.batch_size)
+        self.total = config.epochs * batches if config.max_steps is None else min(config.max_steps, config.epochs * batches)
+        self.stride = max(1, self.total // config.record_steps)
+        self.at = Position()
+        self.resume()
+
+    # ---- saving
+
+    def resume(self) -> None:
+        """Go on from the checkpoint if there is one; drop records that came after it."""
+        path = self.records.path / checkpoint.FILE
+        if path.exists():
+            state = checkpoint.load(path)
+            try:
+                self.module.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.method.load_state_dict(state["method"])
+                self.at = Position(**state["position"])
+                checkpoint.restore_random_state(state["random"], self.device)
+            except (KeyError, TypeError, RuntimeError) as error:
+                raise checkpoint.CheckpointError(
+                    f"{path} does not fit this run ({error}). Delete the run folder to start the run again."
+                ) from error
+        self.records.truncate_after(self.at.step)
+
+    def save(self) -> None:
+        """A checkpoint from which the run goes on bit for bit."""
+        self.records.flush()
+        state = {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "position": asdict(self.at),
+            "random": checkpoint.random_state(self.device),
+        }
+        checkpoint.save(self.records.path / checkpoint.FILE, state)
+
+    # ---- training
+
+    def advance(self) -> None:
+        """Train to the end."""
+        reset_peak(self.device)
+        self.model.train()
+        with progress(self.stored["label"], self.total, enabled=not self.quiet) as report:
+            while self.at.epoch < self.config.epochs and self.at.step < self.total:
+                self.run_epoch(report)
+
+    def run_epoch(self, report: Progress) -> None:
+        """The rest of the current epoch, its validation, its record, a checkpoint."""
+        config, at = self.config, self.at
+        if config.halve_every:
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.learning_rate * 0.5 ** (at.epoch // config.halve_every)
+        order = epoch_order(len(self.data), config.seed, at.epoch).split(config.batch_size)
+        saved = time.monotonic()
+        started = time.perf_counter()
+        while at.batch < len(order) and at.step < self.total:
+            self.run_step(order[at.batch])
+            report(at.step)
+            if time.monotonic() - saved > config.checkpoint_seconds:
+                at.epoch_seconds += time.perf_counter() - started
+                at.seconds += time.perf_counter() - started
+                self.save()
+                saved, started = time.monotonic(), time.perf_counter()
+        at.epoch_seconds += time.perf_counter() - started
+        self.method.end_epoch()
+        metrics = evaluate(self.problem, self.model, "validation")
+        at.history.append(self.signed(metrics))
+        row = {
+            "epoch": at.epoch + 1,
+            "step": at.step,
+            "train_loss": {task: total / at.examples for task, total in at.loss_sums.items()},
+            "validation": metrics,
+            "seconds": at.epoch_seconds,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "refused": at.refused,
+        }
+        self.records.append_epoch(row)
+        at.epoch, at.batch, at.loss_sums, at.examples, at.refused, at.epoch_seconds = at.epoch + 1, 0, {}, 0, 0, 0.0
+        candidates = [epoch + 1 for epoch in kept(config.selection, at.history, config.selection_k)]
+        if at.epoch in candidates:
+            checkpoint.save(checkpoint.weights_file(self.records.path, at.epoch), self.module.state_dict())
+        at.seconds += time.perf_counter() - started
+        self.save()
+        checkpoint.keep_weights(self.records.path, candidates)
+        report(at.step, " ".join(f"{task} {metrics[task][main]:.4g}" for task, main in self.problem.main_metric.items()))
+
+    def run_step(self, indices: torch.Tensor) -> None:
+        """One batch."""
+        at, config = self.at, self.config
+        inputs, labels = _to_device(self.data.batch(indices), self.device)
+        recorded = at.step % self.stride == 0
+        measure = config.measure and recorded and not self.info.takes_gradients
+        started = time.perf_counter()
+        output = self.model(inputs)
+        losses = self.problem.losses(output, labels)
+        try:
+            record = self.balance(output, losses, measure)
+        except ValueError as error:
+            raise ValueError(f"step {at.step + 1} of {self.records.path}: {error}") from error
+        if record.accepted:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if "after_step" in self.info.needs:
+            with torch.no_grad():
+                self.method.after_step(self.problem.losses(self.model(inputs), labels))
+        if not measure:
+            at.step_seconds.append(time.perf_counter() - started)
+        at.step += 1
+        at.batch += 1
+        at.examples += len(indices)
+        at.refused += not record.accepted
+        for name, loss in zip(record.names, record.losses, strict=True):
+            at.loss_sums[name] = at.loss_sums.get(name, 0.0) + loss * len(indices)
+        if recorded:
+            self.records.append_step({"step": at.step, "epoch": at.epoch + 1, **record.to_dict()})
+
+    def balance(self, output: Any, losses: Mapping[str, torch.Tensor], measure: bool) -> StepRecord:
+        """Fill ``.grad``, in the space the configuration names."""
+        config = self.config
+        space = config.gradients if self.info.takes_gradients or measure or config.scale != "native" else "none"
+        last: Any = getattr(self.module, "last_shared_parameters", None)
+        if space == "layer" and last is None:
+            raise ValueError("the network names no last_shared_parameters(); use gradients exact or features.")
+        return backward(
+            losses,
+            self.method,
+            features=self.problem.features(output) if space == "features" else None,
+            shared=self.shared,
+            solve_on=last() if space == "layer" else None,
+            scale=config.scale,
+            measure=measure,
+        )
+
+    def signed(self, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Each task's main metric, signed so that higher is better."""
+        higher = {(metric.task, metric.name): metric.higher_is_better for metric in self.problem.metrics}
+        return {
+            task: metrics[task][name] if higher[task, name] else -metrics[task][name]
+            for task, name in self.problem.main_metric.items()
+        }
+
+    # ---- the end
+
+    def finish(self) -> dict[str, Any]:
+        """Test the chosen epochs, once, and write the result."""
+        started = time.perf_counter()
+        config, at = self.config, self.at
+        epochs = [epoch + 1 for epoch in chosen(config.selection, at.history, config.selection_k)]
+        tested, validated = [], []
+        for epoch in epochs:
+            self.module.load_state_dict(checkpoint.load(checkpoint.weights_file(self.records.path, epoch)))
+            tested.append(evaluate(self.problem, self.model, "test"))
+            validated.append(evaluate(self.problem, self.model, "validation"))
+        samples = self.problem.samples(self.module, _SAMPLES)
+        if samples is not None:
+            images, targets, predictions = samples
+            self.records.write_samples(images.cpu().numpy(), _arrays(targets), _arrays(predictions))
+        checkpoint.keep_weights(self.records.path, epochs)
+        batches = -(-len(self.data) // config.batch_size)
+        per_step = float(np.median(at.step_seconds)) if at.step_seconds else None
+        result = {
+            "schema": SCHEMA,
+            "status": "done",
+            **{key: self.stored[key] for key in ("experiment", "method", "options", "gradients", "label", "seed", "tasks")},
+            "epochs": at.epoch,
+            "steps": at.step,
+            "selection": config.selection,
+            "selected_epochs": epochs,
+            "metrics": _average(tested),
+            "validation": _average(validated),
+            "seconds": at.seconds + time.perf_counter() - started,
+            "seconds_per_step": per_step,
+            "seconds_per_epoch": None if per_step is None else per_step * batches,
+            "peak_memory_bytes": peak_bytes(self.device),
+            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
+        }
+        self.records.write_result(result)
+        return result
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer a configuration names, over all parameters of the network."""
+    parameters = list(model.parameters())
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+    adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _average(results: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    return {
+        task: {name: sum(result[task][name] for result in results) / len(results) for name in values}
+        for task, values in results[0].items()
+    }
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {task: tensor.cpu().numpy() for task, tensor in tensors.items()}
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return batch
+    from lightning_fabric.utilities import move_data_to_device
+
+    return move_data_to_device(batch, device)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,251 @@
+"""Frozen values that pass between the rooms: task gradients in, a combination out, a record of the step.
+
+Nothing here computes; nothing of ours is imported. Small matrices are float64 numpy arrays on the host,
+everything of the size of the parameters is a torch tensor where the parameters live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+Space = Literal["exact", "features", "layer", "none"]
+Status = Literal["ok", "stationary", "refused"]
+
+
+@dataclass(frozen=True)
+class TaskGradients:
+    """What a method may see of one step: T tasks, their losses and (where it asked for them) their gradients.
+
+    Attributes:
+        names: the T tasks present in this step, in the order of every other field.
+        losses: [T] float64 on the host; None when the caller gave none.
+        gramian: [T, T] float64 on the host, entry (i, j) is the inner product of the gradients of tasks i and j.
+        jacobian: [T, P], one task gradient per row, in the dtype and on the device of the parameters. The engine
+            reuses its memory: copy what must outlive the step.
+        block_gramians: [B, T, T], one Gramian per block of parameters; they add up to ``gramian``.
+        block_names: the B blocks' names.
+        activations: [P] the flattened representation, where the gradients are with respect to it.
+        space: with respect to what the gradients were taken: ``exact`` (all shared parameters), ``features``
+            (a shared representation), ``layer`` (some shared parameters), ``none`` (no gradients taken).
+
+    Example:
+        >>> TaskGradients(names=("left", "right"), gramian=np.eye(2)).tasks
+        2
+    """
+
+    names: tuple[str, ...]
+    losses: np.ndarray | None = None
+    gramian: np.ndarray | None = None
+    jacobian: torch.Tensor | None = None
+    block_gramians: np.ndarray | None = None
+    block_names: tuple[str, ...] = ()
+    activations: torch.Tensor | None = None
+    space: Space = "exact"
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks T present in this step."""
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a method decided: one direction out of T task gradients.
+
+    A method returns ``weights`` (and ``transform`` where it alters the gradients one by one), or a ``direction``
+    when no weights of the tasks express it. :func:`detente.combine` fills the direction in from the weights.
+
+    Attributes:
+        weights: [T] float64 on the host, the direction is the sum of weight times gradient; None if no such
+            weights exist.
+        direction: [P], what the optimizer descends along, in the method's native scale.
+        transform: [T, T] float64 on the host or None. The altered gradient of task i is the sum over j of
+            ``transform[i, j]`` times the gradient of task j.
+        status: ``ok``; ``stationary``: the direction is exactly zero; ``refused``: the step should not be taken
+            (the direction that was refused is still reported).
+        kept_rank: the number of directions a spectral method kept, None for the others.
+        dropped: names of tasks whose gradient the method could not represent and left out.
+        notes: sentences for the record, for example which form of a method ran.
+
+    Example:
+        >>> Combination(weights=torch.tensor([0.5, 0.5], dtype=torch.float64)).accepted
+        True
+    """
+
+    weights: torch.Tensor | None = None
+    direction: torch.Tensor | None = None
+    transform: torch.Tensor | None = None
+    status: Status = "ok"
+    kept_rank: int | None = None
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        """False only where the method refused the step."""
+        return self.status != "refused"
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """How much T gradients disagree, in plain numbers.
+
+    Attributes:
+        norms: T Euclidean norms.
+        cosines: T rows of T cosines; 0 where a gradient vanishes.
+        condition_number: largest over smallest singular value of the gradient matrix, infinite if it is singular.
+        magnitude_similarity: mean over pairs of 2 a b / (a² + b²) for norms a, b; 1 for a single task.
+        minimal_cosine: the smallest cosine between two tasks; 1 for a single task.
+        norm_ratio: the largest norm over the smallest, infinite if one gradient vanishes.
+
+    Example:
+        >>> Conflict((1.0,), ((1.0,),), 1.0, 1.0, 1.0, 1.0).norm_ratio
+        1.0
+    """
+
+    norms: tuple[float, ...]
+    cosines: tuple[tuple[float, ...], ...]
+    condition_number: float
+    magnitude_similarity: float
+    minimal_cosine: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step in plain numbers, ready for a log.
+
+    Attributes:
+        names: the T tasks of this step; every sequence below follows their order.
+        losses: T losses.
+        weights: T weights of the tasks, None where the method's direction is no weighted sum.
+        status: ``ok``, ``stationary`` or ``refused``.
+        space: where the problem was solved: ``exact``, ``features``, ``layer``; ``none`` if no task gradients
+            were taken (loss weightings) or no parameter is shared.
+        raw: conflict of the gradients as given, None if none were taken.
+        altered: conflict of the gradients after the method altered them one by one, None if it does not.
+        kept_rank, dropped, notes: as in :class:`Combination`.
+        seconds: wall-clock time of the whole call.
+
+    Example:
+        >>> record = StepRecord(("left",), (0.5,), (1.0,))
+        >>> record.accepted, record.to_dict()["losses"]
+        (True, [0.5])
+    """
+
+    names: tuple[str, ...]
+    losses: tuple[float, ...]
+    weights: tuple[float, ...] | None
+    status: Status = "ok"
+    space: Space = "none"
+    raw: Conflict | None = None
+    altered: Conflict | None = None
+    kept_rank: int | None = None
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def accepted(self) -> bool:
+        """False only where the method refused the step and every ``.grad`` was left as found."""
+        return self.status != "refused"
+
+    @property
+    def gradient_norms(self) -> tuple[float, ...] | None:
+        """T Euclidean norms of the given gradients, None if none were taken."""
+        return None if self.raw is None else self.raw.norms
+
+    @property
+    def cosines(self) -> tuple[tuple[float, ...], ...] | None:
+        """T rows of T cosines between the given gradients, None if none were taken."""
+        return None if self.raw is None else self.raw.cosines
+
+    @property
+    def condition_number(self) -> float | None:
+        """Condition number of the given gradients, None if none were taken."""
+        return None if self.raw is None else self.raw.condition_number
+
+    @property
+    def magnitude_similarity(self) -> float | None:
+        """Mean magnitude similarity of the given gradients, None if none were taken."""
+        return None if self.raw is None else self.raw.magnitude_similarity
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as nested dictionaries and lists of plain numbers and strings."""
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Conflict, StepRecord)):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method: its default, its allowed choices (empty: any value) and its default search grid.
+
+    Example:
+        >>> Option(default="exact", choices=("exact", "frank-wolfe")).default
+        'exact'
+    """
+
+    default: Any
+    choices: tuple[Any, ...] = ()
+    search: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What a method declares of itself; tests, benchmarks, tables and the engine read nothing else.
+
+    Attributes:
+        name: the name for :func:`detente.create`.
+        summary: one line.
+        source: paper and equation.
+        needs: what the method must be given, out of ``losses``, ``gramian``, ``jacobian``, ``blocks``,
+            ``activations``, ``after_step``, ``batches:k``, ``epoch``. Empty for fixed weights.
+        spaces: where its problem can be solved: ``exact``, ``features``, ``layer``.
+        stateful: True if a call changes what the next call returns.
+        options: name to :class:`Option`.
+        native_scale: length of its direction: ``sum``, ``mean``, ``simplex``, ``unit`` or ``own``.
+        homogeneity: degree k: scaling all gradients by s scales the direction by s to the k; None if none holds.
+        nonconflict: True if the direction has a non-negative inner product with every task gradient.
+        stationary: the direction vanishes exactly when zero lies in the convex ``hull``, the ``affine`` hull,
+            or is a strictly positive combination (``cone``) of the gradients; None if none holds.
+        simplex: True if the weights are non-negative and sum to one.
+        permutation: ``exact`` if permuting the tasks permutes the weights, ``distribution`` if in distribution.
+
+    The laws are declared for the default options.
+
+    Example:
+        >>> import detente
+        >>> detente.methods()["mgda"].stationary
+        'hull'
+    """
+
+    name: str
+    summary: str
+    source: str
+    needs: frozenset[str]
+    spaces: frozenset[str]
+    stateful: bool
+    options: Mapping[str, Option] = field(default_factory=dict)
+    native_scale: Literal["sum", "mean", "simplex", "unit", "own"] = "own"
+    homogeneity: float | None = None
+    nonconflict: bool = False
+    stationary: Literal["hull", "affine", "cone"] | None = None
+    simplex: bool = False
+    permutation: Literal["exact", "distribution"] | None = None
+
+    @property
+    def takes_gradients(self) -> bool:
+        """True if the method must see task gradients, False for a weighting of the losses."""
+        return bool(self.needs & {"gramian", "jacobian", "blocks", "activations"})
