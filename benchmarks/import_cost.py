@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-RUNS = 9
+RUNS = 7
 LIMIT = 0.2
 
 # Timed inside the process: the difference of two whole processes would drown in torch's own two seconds.
@@ -33,7 +33,7 @@ def _whole(code: str) -> float:
 
 
 def main() -> None:
-    """Print medians of nine interleaved runs, each in a fresh process."""
+    """Print medians of interleaved runs, each in a fresh process."""
     inside, alone, both = [], [], []
     _whole("import torch, numpy, detente")  # writes bytecode and fills the disk cache
     for _ in range(RUNS):

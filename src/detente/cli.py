@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -280,10 +281,13 @@ def _report(command: ReportCommand) -> int:
 
 def _demo(command: DemoCommand) -> int:
     from detente.experiments.demo import demo
-    from detente.reports import print_table
+    from detente.reports import build_report, print_table
 
+    started = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        results, page, seconds = demo(command.out, epochs=command.epochs, seed=command.seed, quiet=command.json)
+        results = demo(command.out, epochs=command.epochs, seed=command.seed, quiet=command.json)
+        page = build_report([command.out], command.out / "report.html", title="Two digits, one network")
+    seconds = time.perf_counter() - started
     if command.json:
         print(json.dumps({"runs": results, "report": str(page), "seconds": seconds}))
         return 0

@@ -250,7 +250,7 @@ def backward(
     info = info_of(method)
     workspace: Memory = method.__dict__.setdefault("workspace", Memory())
     if heads is None:
-        heads = "own" if info.takes_gradients else "weighted"
+        heads = info.heads
     if not (info.takes_gradients or measure or scale != "native"):
         record = _weighting(names, scalars, method, workspace, shared, task_specific, heads, retain_graph)
         return replace(record, seconds=time.perf_counter() - started)

@@ -16,6 +16,9 @@ import torch
 Space = Literal["exact", "features", "layer", "none"]
 Status = Literal["ok", "stationary", "refused"]
 
+GRADIENT_NEEDS = frozenset({"gramian", "jacobian", "blocks", "activations"})
+"""The needs that only task gradients meet."""
+
 
 @dataclass(frozen=True)
 class TaskGradients:
@@ -27,8 +30,13 @@ class TaskGradients:
         gramian: [T, T] float64 on the host, entry (i, j) is the inner product of the gradients of tasks i and j.
         jacobian: [T, P], one task gradient per row, in the dtype and on the device of the parameters. The engine
             reuses its memory: copy what must outlive the step.
-        block_gramians: [B, T, T], one Gramian per block of parameters; they add up to ``gramian``.
+        block_gramians: [B, T, T], one Gramian per shared tensor; they add up to ``gramian``.
         block_names: the B blocks' names.
+        block_sizes: how many columns of the Jacobian each block has, in order.
+        block_layers: which layer each block belongs to, counted from 0: a tensor with two or more dimensions starts
+            a layer, one with fewer (a bias, a normalisation's scale) belongs to the layer before it.
+        extra: the same tasks' gradients on further, independent batches, for methods that need ``batches:k``; empty
+            when the caller gave none.
         activations: [P] the flattened representation, where the gradients are with respect to it.
         space: with respect to what the gradients were taken: ``exact`` (all shared parameters), ``features``
             (a shared representation), ``layer`` (some shared parameters), ``none`` (no gradients taken).
@@ -44,6 +52,9 @@ class TaskGradients:
     jacobian: torch.Tensor | None = None
     block_gramians: np.ndarray | None = None
     block_names: tuple[str, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    block_layers: tuple[int, ...] = ()
+    extra: tuple[TaskGradients, ...] = ()
     activations: torch.Tensor | None = None
     space: Space = "exact"
 
@@ -64,6 +75,8 @@ class Combination:
         weights: [T] float64 on the host, the direction is the sum of weight times gradient; None if no such
             weights exist.
         direction: [P], what the optimizer descends along, in the method's native scale.
+        block_weights: [B, T] float64 on the host: weights that differ from block to block of the Jacobian (``weights``
+            is then None), or None.
         transform: [T, T] float64 on the host or None. The altered gradient of task i is the sum over j of
             ``transform[i, j]`` times the gradient of task j.
         status: ``ok``; ``stationary``: the direction is exactly zero; ``refused``: the step should not be taken
@@ -80,6 +93,7 @@ class Combination:
     weights: torch.Tensor | None = None
     direction: torch.Tensor | None = None
     transform: torch.Tensor | None = None
+    block_weights: torch.Tensor | None = None
     status: Status = "ok"
     kept_rank: int | None = None
     dropped: tuple[str, ...] = ()
@@ -222,6 +236,8 @@ class MethodInfo:
             or is a strictly positive combination (``cone``) of the gradients; None if none holds.
         simplex: True if the weights are non-negative and sum to one.
         permutation: ``exact`` if permuting the tasks permutes the weights, ``distribution`` if in distribution.
+        heads: what own parameters take unless the caller says otherwise: ``own``, the plain gradient of their loss,
+            or ``weighted`` by the task's weight, as every weighting of the losses does by its formula.
 
     The laws are declared for the default options.
 
@@ -244,8 +260,9 @@ class MethodInfo:
     stationary: Literal["hull", "affine", "cone"] | None = None
     simplex: bool = False
     permutation: Literal["exact", "distribution"] | None = None
+    heads: Literal["own", "weighted"] = "own"
 
     @property
     def takes_gradients(self) -> bool:
         """True if the method must see task gradients, False for a weighting of the losses."""
-        return bool(self.needs & {"gramian", "jacobian", "blocks", "activations"})
+        return bool(self.needs & GRADIENT_NEEDS)

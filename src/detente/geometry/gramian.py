@@ -79,14 +79,16 @@ def unit_rows(gramian: ArrayLike) -> tuple[Array, Array]:
     if (gram != mirrored).any():
         uneven = np.abs(gram - mirrored) > ROUNDING * products
         if uneven.any():
-            place = [int(i) for i in np.argwhere(uneven)[0]]
-            raise ValueError(f"the Gramian is not symmetric: entry {place} differs from its mirror image.")
+            place = tuple(int(i) for i in np.argwhere(uneven)[0])
+            raise ValueError(
+                f"the Gramian is not symmetric: entry {list(place)} differs from its mirror image."
+            )
         gram = gram * 0.5 + mirrored * 0.5
     cosines = gram / products
-    if np.abs(cosines).max() > 1 + ROUNDING:
-        place = [int(i) for i in np.argwhere(np.abs(cosines) > 1 + ROUNDING)[0]]
+    if np.abs(cosines).max(initial=0.0) > 1 + ROUNDING:
+        place = tuple(int(i) for i in np.argwhere(np.abs(cosines) > 1 + ROUNDING)[0])
         raise ValueError(
-            f"entry {place} of the Gramian is larger than the product of the two norms on its diagonal: "
+            f"entry {list(place)} of the Gramian is larger than the product of the two norms on its diagonal: "
             "this matrix is not a Gramian."
         )
     if lengths is not norms:

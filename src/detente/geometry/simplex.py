@@ -7,10 +7,11 @@ norms matters: min βᵀCβ subject to cᵀβ = 1, β ≥ 0, with c_i = min‖g�
 (C_SS + hhᵀ) z = h, h = c_S / ‖c_S‖, up to a factor; that matrix is regular exactly when the gradients of S are
 affinely independent.
 
-Three solvers stand behind one another. `_pivot` starts from the full support and exchanges all violated signs at once
-(block principal pivoting, Júdice & Pires 1994); `_pivot_batch` does it for many Gramians together. Where gradients are affinely dependent
-`_pivot_dependent` does the same with a pseudo-inverse and settles ties. `_wolfe` adds one task at a time and never
-increases the norm (Wolfe 1976): slow, but it cannot cycle; it is also what the tests hold the others against.
+Three solvers stand behind one another. `_pivot` starts from the full support and exchanges all violated signs at
+once (block principal pivoting, Júdice & Pires 1994); `_pivot_batch` does it for many Gramians together. Where
+gradients are affinely dependent, `_pivot_dependent` does the same with a pseudo-inverse and settles ties. `_wolfe`
+adds one task at a time and never increases the norm (Wolfe 1976): slow, but it cannot cycle; it is also what the
+tests hold the others against.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def minimum_norm_point(gramian: ArrayLike) -> Array:
         [..., T] float64, non-negative, each row sums to 1.
 
     Raises:
-        ValueError: the matrix is not square, not finite, or not a Gramian (see :func:`detente.geometry.gramian.unit_rows`).
+        ValueError: not square, not finite, or not a Gramian (see :func:`detente.geometry.gramian.unit_rows`).
 
     Example:
         >>> minimum_norm_point([[1.0, 0.0], [0.0, 4.0]])
@@ -63,7 +64,7 @@ def minimum_norm_point(gramian: ArrayLike) -> Array:
         rows = [_pair(*_checked_pair(*entries)) for entries in gram.reshape(-1, 4).tolist()]
         return np.array(rows).reshape(gram.shape[:-1])
     norms, cosines = unit_rows(gram)
-    if tasks == 1:
+    if tasks == 1 or not norms.size:
         return np.ones(norms.shape)
     norms, cosines = norms.reshape(-1, tasks), cosines.reshape(-1, tasks, tasks)
     if norms.all():
@@ -74,7 +75,7 @@ def minimum_norm_point(gramian: ArrayLike) -> Array:
         weights = vanishing / np.maximum(vanishing.sum(axis=-1, keepdims=True), 1)
         if regular.any():
             weights[regular] = _solve(norms[regular], cosines[regular])
-    return weights.reshape(gram.shape[:-1])
+    return np.asarray(weights.reshape(gram.shape[:-1]))
 
 
 def frank_wolfe(gramian: ArrayLike, *, max_iterations: int = 250, tolerance: float = 1e-5) -> Array:
@@ -113,14 +114,17 @@ def frank_wolfe(gramian: ArrayLike, *, max_iterations: int = 250, tolerance: flo
     weights = np.full(len(gram), 1.0 / len(gram))
     for _ in range(max_iterations):
         products = gram @ weights
+        level = float(weights @ products)
         nearest = int(products.argmin())
-        step = _pair(float(gram[nearest, nearest]), float(products[nearest]), float(weights @ products))[0]
+        if products[nearest] >= level:
+            break
+        step, _rest = _pair(float(gram[nearest, nearest]), float(products[nearest]), level)
         change = 2 * step * (1 - float(weights[nearest]))
         weights *= 1 - step
         weights[nearest] += step
         if change < tolerance:
             break
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def simplex_residual(gramian: ArrayLike, weights: ArrayLike) -> float | Array:
@@ -155,30 +159,25 @@ def simplex_residual(gramian: ArrayLike, weights: ArrayLike) -> float | Array:
     gram = validated(gramian)
     alpha = np.asarray(weights, dtype=np.float64)
     if alpha.shape != gram.shape[:-1]:
-        raise ValueError(f"weights of shape {list(alpha.shape)} do not belong to a Gramian {list(gram.shape)}.")
-    norms, cosines = unit_rows(gram)
-    lengths = np.where(norms > 0, norms, 1.0)
-    # Row i divided by ‖g_i‖, numerator and denominator: no product of two norms can overflow.
-    longest = np.maximum(norms.max(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
-    scaled = alpha * (norms / longest)
-    absolute = np.abs(scaled)
-    products = _times(cosines, scaled)
-    sizes = _times(np.abs(cosines), absolute)
-    level = (scaled * products).sum(axis=-1, keepdims=True)
-    largest = (absolute * sizes).sum(axis=-1, keepdims=True)
-    ratio = np.where(norms > 0, lengths / longest, 0.0)
-    violation = level - ratio * products
-    size = ratio * sizes + largest
-    relative = np.where(violation > 0, violation / np.where(size > 0, size, 1.0), 0.0)
-    total = np.maximum(absolute.sum(axis=-1), np.finfo(np.float64).tiny)
+        raise ValueError(
+            f"weights of shape {list(alpha.shape)} do not belong to a Gramian {list(gram.shape)}."
+        )
+    norms, _ = unit_rows(gram)
+    longest = norms.max(axis=-1, keepdims=True, initial=0.0)
+    longest = np.where(longest > 0, longest, 1.0)
+    gram = gram / longest[..., None] ** 2  # no overflow below
+    products = _times(gram, alpha)
+    sizes = _times(np.abs(gram), np.abs(alpha))
+    sizes += (np.abs(alpha) * sizes).sum(axis=-1, keepdims=True)
+    violation = (alpha * products).sum(axis=-1, keepdims=True) - products
+    relative = np.where(violation > 0, violation / np.where(sizes > 0, sizes, 1.0), 0.0)
+    lengths = alpha * (norms / longest)
+    total = np.abs(lengths).sum(axis=-1)
+    negative = -lengths.min(axis=-1) / np.where(total > 0, total, 1.0)
     residual = np.maximum.reduce(
-        [
-            relative.max(axis=-1),
-            np.abs(alpha.sum(axis=-1) - 1),
-            -alpha.min(axis=-1),
-            -scaled.min(axis=-1) / total,
-        ]
+        [relative.max(axis=-1), np.abs(alpha.sum(axis=-1) - 1), -alpha.min(axis=-1), negative]
     )
+    residual = np.maximum(residual, 0.0)
     return float(residual) if residual.ndim == 0 else residual
 
 
@@ -213,7 +212,7 @@ def _solve(norms: Array, cosines: Array) -> Array:
         scaled, trusted = _pivot_batch(cosines, limits)
         for index in np.flatnonzero(~trusted):
             scaled[index] = _solve_dependent(cosines[index], limits[index])
-    weights = scaled * limits
+    weights: Array = scaled * limits
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
@@ -248,7 +247,7 @@ def _times(matrices: Array, vectors: Array) -> Array:
 
 def _probe(tasks: int) -> Array:
     """A right-hand side that no subspace is orthogonal to by design: its solution shows a singular system."""
-    return np.sqrt(np.arange(tasks) + 0.7)
+    return np.asarray(np.sqrt(np.arange(tasks) + 0.7))
 
 
 def _gaps(cosines: Array, limits: Array, scaled: Array) -> tuple[Array, Array]:
@@ -297,65 +296,50 @@ def _pivot(cosines: Array, limits: Array) -> Array | None:
             return scaled
         support ^= wrong
         inside = np.flatnonzero(support)
+        if not len(inside):
+            return None
         columns, sizes_of, bounds = cosines[:, inside], magnitudes[:, inside], limits[inside]
         system = columns[inside]
     return None
 
 
-def _pivot_batch(cosines: Array, limits: Array) -> tuple[Array, Array]:
+def _pivot_batch(cosines: Array, limits: Array) -> tuple[Array, NDArray[np.bool_]]:
     """The same on a batch [B, T, T], rows outside a support replaced by the identity's.
 
     Returns [B, T] scaled weights, and [B] whether they can be trusted.
     """
     batch, tasks = limits.shape
-    identity = np.eye(tasks)
-    probe = _probe(tasks)
+    magnitudes, identity, probe = np.abs(cosines), np.eye(tasks), _probe(tasks)
     scaled, trusted = np.zeros((batch, tasks)), np.zeros(batch, dtype=bool)
-    open_rows = np.arange(batch)
+    index = np.arange(batch)
     support = np.ones((batch, tasks), dtype=bool)
-    matrices, bounds = cosines, limits
-    sides = np.empty((batch, tasks, 2))
     for _ in range(ROUNDS):
+        matrices, bounds = cosines[index], limits[index]
         inside = np.where(support, bounds, 0.0)
         length = np.sqrt((inside * inside).sum(axis=-1, keepdims=True))
         side = inside / length
         systems = matrices + side[:, :, None] * side[:, None, :]
-        if not support.all():
-            systems = np.where(support[:, :, None] & support[:, None, :], systems, identity)
-        sides[..., 0] = side
-        sides[..., 1] = probe
+        systems = np.where(support[:, :, None] & support[:, None, :], systems, identity)
+        sides = np.stack((side, np.where(support, probe, 0.0)), axis=-1)
         solutions = _solve_systems(systems, sides)
-        if not np.abs(solutions).max() < SINGULAR:
-            regular = np.abs(solutions).max(axis=(1, 2)) < SINGULAR
-            open_rows, support, matrices, bounds = (
-                x[regular] for x in (open_rows, support, matrices, bounds)
-            )
-            length, side, solutions, sides = (x[regular] for x in (length, side, solutions, sides))
-            if not len(open_rows):
-                break
-        candidate = solutions[..., 0]
-        gaps = _times(matrices, candidate)
-        share = (side * candidate).sum(axis=-1, keepdims=True)
+        regular = np.abs(solutions).max(axis=(1, 2)) < SINGULAR
+        candidate = np.where(support & regular[:, None], solutions[..., 0], 0.0)
+        absolute = np.abs(candidate)
         thresholds = bounds / length
-        gaps -= (1.0 - share) * thresholds
-        wrong = np.where(support, candidate, gaps) < 0
-        if wrong.any():
-            absolute = np.abs(candidate)
-            sizes = _times(np.abs(matrices), absolute)
-            sizes += thresholds * (absolute * sizes).sum(axis=-1, keepdims=True)
-            wrong &= support | (gaps < -VIOLATED * sizes)
-        settled = ~wrong.any(axis=-1)
-        if settled.any():
-            found = np.where(support, candidate, 0.0)[settled]
-            found /= (bounds[settled] * found).sum(axis=-1, keepdims=True)
-            scaled[open_rows[settled]] = found
-            trusted[open_rows[settled]] = _residual(matrices[settled], bounds[settled], found) <= TRUSTED
-            if settled.all():
-                break
-            going = ~settled
-            open_rows, support, matrices, bounds = (x[going] for x in (open_rows, support, matrices, bounds))
-            wrong, sides = wrong[going], sides[going]
+        gaps = _times(matrices, candidate)
+        gaps -= (1.0 - (side * candidate).sum(axis=-1, keepdims=True)) * thresholds
+        sizes = _times(magnitudes[index], absolute)
+        sizes += thresholds * (absolute * sizes).sum(axis=-1, keepdims=True)
+        wrong = np.where(support, candidate < 0, gaps < -VIOLATED * sizes)
+        settled = regular & ~wrong.any(axis=-1)
+        scaled[index[settled]] = candidate[settled]
+        below: NDArray[np.bool_] = gaps < -TRUSTED * sizes
+        trusted[index[settled]] = ~below[settled].any(axis=-1)
         support = support ^ wrong
+        going = regular & ~settled & support.any(axis=-1)
+        if not going.any():
+            break
+        index, support = index[going], support[going]
     return scaled, trusted
 
 
@@ -370,7 +354,7 @@ def _solve_systems(systems: Array, sides: Array) -> Array:
         return np.concatenate([_solve_systems(system[None], side[None]) for system, side in pairs])
 
 
-def _affine_minimiser(cosines: Array, limits: Array, support: Array) -> tuple[Array, Array, float]:
+def _affine_minimiser(cosines: Array, limits: Array, support: NDArray[np.intp]) -> tuple[Array, Array, float]:
     """Shortest vector of the affine hull of a support, dependent gradients allowed.
 
     Adding δΣβ² to the problem, its solution is z + δ z' + …; returned are z (the smallest of all minimisers, up to a
@@ -399,7 +383,7 @@ def _pivot_dependent(cosines: Array, limits: Array) -> Array | None:
     """
     tasks = len(limits)
     support = np.ones(tasks, dtype=bool)
-    for _ in range(ROUNDS):
+    for round_ in range(ROUNDS + 3 * tasks):
         inside = np.flatnonzero(support)
         first, second, length = _affine_minimiser(cosines, limits, inside)
         columns, thresholds = cosines[:, inside], limits / length
@@ -409,22 +393,28 @@ def _pivot_dependent(cosines: Array, limits: Array) -> Array | None:
         magnitudes = np.abs(columns)
         sizes = magnitudes @ np.abs(first) + thresholds * (1.0 + side @ np.abs(first))
         slope_sizes = magnitudes @ np.abs(second) + thresholds * (side @ np.abs(second))
-        wrong = ~support & _negative(gaps, sizes, slopes, slope_sizes)
-        wrong[inside] = _negative(first, np.abs(first).max(), second, np.abs(second).max())
+        wrong = np.where(support, 0.0, _negativity(gaps, sizes, slopes, slope_sizes))
+        wrong[inside] = _negativity(first, np.abs(first).max(), second, np.abs(second).max())
         if not wrong.any():
             scaled = np.zeros(tasks)
             scaled[inside] = np.maximum(first, 0.0)
             return np.asarray(scaled / (limits @ scaled))
-        support = support ^ wrong
+        # Exchanging all at once is fast and may cycle; one at a time, the worst first, settles almost always.
+        exchanged = wrong > 0 if round_ < ROUNDS else wrong == wrong.max()
+        support = support ^ exchanged
         if not support.any():
             break
     return None
 
 
-def _negative(first: Array, size: Array, second: Array, second_size: Array) -> NDArray[np.bool_]:
-    """Where first + δ second is negative for small δ; both are known to rounding of their size."""
+def _negativity(first: Array, size: Array, second: Array, second_size: Array) -> Array:
+    """How negative first + δ second is for small δ, relative to sizes to whose rounding both are known.
+
+    0 where it is not, up to 1 where only the second is, above 1 where the first is.
+    """
     level = 4 * len(first) * EPS * size
-    return (first < -level) | ((first < level) & (second < -1e-9 * second_size))
+    by_second = np.where((first < level) & (second < -1e-9 * second_size), -second / second_size, 0.0)
+    return np.where(first < -level, 1.0 - first / size, by_second)
 
 
 def _wolfe(cosines: Array, limits: Array) -> Array:

@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike
 from detente.geometry.gramian import Array, unit_rows
 
 EPS = float(np.finfo(np.float64).eps)
+# A gradient of unit length that keeps this distance from the span of the others needs no second look.
+CLEARLY_INDEPENDENT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ def _decompose(gramian: ArrayLike) -> tuple[Array, Array, int]:
     """Eigenvalues descending, eigenvectors, and how many unit-length gradients are linearly independent."""
     norms, cosines = unit_rows(gramian)
     if norms.ndim != 1:
-        raise ValueError(f"the spectrum takes one Gramian [T, T], not a batch {[*norms.shape, norms.shape[-1]]}.")
+        raise ValueError(
+            f"the spectrum takes one Gramian [T, T], not a batch {[*norms.shape, norms.shape[-1]]}."
+        )
     tasks, longest = len(norms), norms.max()
     if longest == 0:
         return np.zeros(tasks), np.eye(tasks), 0
@@ -116,20 +120,30 @@ def _decompose(gramian: ArrayLike) -> tuple[Array, Array, int]:
 
 def _factor(cosines: Array) -> Array:
     """[T, r] lower trapezoidal L with LLᵀ = C, r the number of independent rows to rounding."""
-    tasks = len(cosines)
-    limit = tasks * EPS
     try:
         factor = np.linalg.cholesky(cosines)
+        if np.diagonal(factor).min() > CLEARLY_INDEPENDENT:
+            return np.asarray(factor)
     except np.linalg.LinAlgError:
         factor = None
-    if factor is not None and (np.diagonal(factor) ** 2 > limit).all():
+    values = np.linalg.eigvalsh(cosines)
+    rank = int((values > 8 * len(values) * EPS * values[-1]).sum())
+    if factor is not None and rank == len(values):
         return np.asarray(factor)
-    # Dependent rows: eliminate row after row, and pass over the ones of which nothing but rounding is left.
+    # What is left of a dependent row is rounding, which grows with elimination: raise the bar until the rank is right.
+    negligible = len(values) * EPS
+    while (columns := _eliminate(cosines, negligible)).shape[1] > rank:
+        negligible *= 4
+    return columns
+
+
+def _eliminate(cosines: Array, negligible: float) -> Array:
+    """Cholesky columns in the given order, passing over rows of which less than ``negligible`` is left."""
     rest = cosines.copy()
     columns = []
-    for task in range(tasks):
+    for task in range(len(rest)):
         pivot = rest[task, task]
-        if pivot > limit:
+        if pivot > negligible:
             column = rest[:, task] / np.sqrt(pivot)
             column[:task] = 0.0
             columns.append(column)

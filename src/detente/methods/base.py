@@ -6,7 +6,7 @@ A method is a ``torch.nn.Module`` without trainable parameters. Its state lives 
 
 from __future__ import annotations
 
-import copy
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ class Declaration:
         source: paper and equation.
         needs, spaces, native_scale, homogeneity, nonconflict, stationary, simplex, permutation, stateful:
             see :class:`detente.values.MethodInfo`.
+        heads: as there; None is ``weighted`` for methods that take no gradients and ``own`` for the others.
         search: option name to the values a default search tries.
 
     Example:
@@ -50,6 +51,7 @@ class Declaration:
     stationary: Literal["hull", "affine", "cone"] | None = None
     simplex: bool = False
     permutation: Literal["exact", "distribution"] | None = None
+    heads: Literal["own", "weighted"] | None = None
     search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
@@ -57,8 +59,9 @@ class Method(nn.Module, ABC):
     """Base of every method. An author writes ``declares``, ``__init__`` (options as keywords) and ``solve``.
 
     A method with memory also writes ``allocate``, which registers buffers whose first axis is the task (it is
-    called when the tasks become known, and again with more tasks when a new name appears), and updates them at
-    ``self.positions(gradients.names)`` inside ``solve``, after everything that can fail.
+    called when the tasks become known, and again with more tasks when a new name appears; a second axis may run over
+    the tasks too), and updates them at ``self.positions(gradients.names)`` inside ``solve``, after everything that
+    can fail. A buffer whose size only the first step tells is registered there as None or with zero columns.
 
     Args:
         preference: relative importance of the tasks, by name or by position; None means all alike.
@@ -78,6 +81,7 @@ class Method(nn.Module, ABC):
     def __init__(self, *, preference: Preference = None, seed: int | None = None) -> None:
         super().__init__()
         self.tasks: tuple[str, ...] | None = None
+        self._constructed: frozenset[str] = frozenset()  # buffers that do not depend on the tasks
         self._preference = check_preference(self._preference_option, preference)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
@@ -107,13 +111,17 @@ class Method(nn.Module, ABC):
                 state is then as it was before.
         """
         self._check(gradients)
-        before = self.tasks
+        tasks, buffers = self.tasks, dict(self._buffers)
+        drawn = None if self.generator is None else self.generator.get_state()
         try:
-            self.bind(gradients.names)
+            self.bind(gradients.names if tasks is not None else self._everyone(gradients.names))
             return self.solve(gradients)
         except Exception:
-            if before is None:
-                self._unbind()
+            self.tasks = tasks
+            self._buffers.clear()
+            self._buffers.update(buffers)
+            if self.generator is not None and drawn is not None:
+                self.generator.set_state(drawn)
             raise
 
     @final
@@ -126,24 +134,31 @@ class Method(nn.Module, ABC):
         """
         names = check_names(names)
         if self.tasks is None:
-            if isinstance(self._preference, dict):  # it names every task, also those absent from the first step
-                names += tuple(name for name in self._preference if name not in names)
             weight_by_name(self._preference, names, self._preference_option)
+            self._constructed = frozenset(self._buffers)
             self.allocate(len(names))
             self.tasks = names
             return
         new = tuple(name for name in names if name not in self.tasks)
-        unnamed = names == positional(len(names)) and self.tasks == positional(len(self.tasks))
-        if unnamed and len(names) != len(self.tasks):
+        unnamed, were_unnamed = names == positional(len(names)), self.tasks == positional(len(self.tasks))
+        if unnamed and were_unnamed and len(names) != len(self.tasks):
             raise ValueError(
                 f"{self.declares.name}: {len(self.tasks)} unnamed losses became {len(names)}; which task is absent "
                 "cannot be told. Pass losses as a mapping from task name to loss, or create a new method."
             )
+        if new and unnamed != were_unnamed:
+            known = f"{len(self.tasks)} unnamed tasks" if were_unnamed else f"tasks {', '.join(self.tasks)}"
+            given = f"{len(names)} unnamed losses" if unnamed else f"losses named {', '.join(names)}"
+            raise ValueError(
+                f"{self.declares.name} knows {known} and was given {given}; which loss is which task cannot be told. "
+                "Name the losses in every step or in none, or create a new method."
+            )
         if new:
             if isinstance(self._preference, tuple):
                 raise ValueError(
-                    f"{self.declares.name}: task {new[0]!r} appeared after the first step, and the preference is "
-                    f"given by position for {len(self._preference)} tasks. Give it by name."
+                    f"{self.declares.name}: task {new[0]!r} appeared after the first step, and the "
+                    f"{self._preference_option} is given by position for {len(self._preference)} tasks. Give it by "
+                    "name."
                 )
             weight_by_name(self._preference, self.tasks + new, self._preference_option)
             self._grow(self.tasks + new)
@@ -208,8 +223,8 @@ class Method(nn.Module, ABC):
             self.bind(saved)
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
-            if buffer is not None and loaded is not None and buffer.shape != loaded.shape:
-                self._buffers[name] = torch.empty_like(loaded)
+            if loaded is not None and (buffer is None or buffer.shape != loaded.shape):
+                self._buffers[name] = torch.empty_like(loaded)  # sized by the first step, not by the tasks
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,30 +250,52 @@ class Method(nn.Module, ABC):
         if "gramian" in needs and gradients.gramian is None:
             raise ValueError(f"{name} needs the Gramian of the task gradients, and none was computed.")
         if "jacobian" in needs and gradients.jacobian is None:
-            raise ValueError(f"{name} needs the task gradients themselves, and only their Gramian was computed.")
+            raise ValueError(
+                f"{name} needs the task gradients themselves, and only their Gramian was computed."
+            )
+        if "blocks" in needs and gradients.block_gramians is None:
+            raise ValueError(f"{name} needs one Gramian per block of parameters, and none was computed.")
+        if "activations" in needs and gradients.space == "features" and gradients.activations is None:
+            raise ValueError(f"{name} needs the representation beside its gradients, and it was not given.")
         if gradients.space != "none" and gradients.space not in self.declares.spaces:
             raise ValueError(
                 f"{name} cannot be solved in the space {gradients.space!r}; it runs on "
                 f"{', '.join(sorted(self.declares.spaces))}."
             )
 
+    def _everyone(self, names: Sequence[str]) -> tuple[str, ...]:
+        # A preference by name names every task, also those absent from the first step.
+        named = self._preference if isinstance(self._preference, dict) else {}
+        return (*names, *(name for name in named if name not in names))
+
     def _unbind(self) -> None:
         self.tasks = None
         for name in list(self._buffers):
-            del self._buffers[name]
+            if name not in self._constructed:
+                del self._buffers[name]
 
     def _grow(self, names: tuple[str, ...]) -> None:
-        kept = copy.copy(self._buffers)
+        kept = {name: old for name, old in self._buffers.items() if name not in self._constructed}
         known = len(self.tasks or ())
-        for name in list(self._buffers):
-            del self._buffers[name]
+        self._unbind()
         self.allocate(len(names))
         for name, old in kept.items():
             fresh = self._buffers.get(name)
-            if old is None or fresh is None or fresh.shape == old.shape:
+            if (
+                old is None
+                or old.dim() == 0
+                or len(old) != known
+                or (fresh is not None and fresh.shape == old.shape)
+            ):
                 self._buffers[name] = old
-            else:
-                fresh[:known] = old
+                continue
+            if fresh is None or fresh.dim() != old.dim() or any(map(operator.lt, fresh.shape, old.shape)):
+                # Sized by the first step: the new tasks start from zero, as the others did.
+                fresh = old.new_zeros(len(names), *old.shape[1:])
+            fresh[tuple(map(slice, old.shape))] = (
+                old  # the leading corner: the second axis may run over tasks too
+            )
+            self._buffers[name] = fresh
         self.tasks = names
 
 
@@ -288,9 +325,9 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     names = tuple(str(name) for name in names)
     if not names:
         raise ValueError("no tasks: give at least one task name or loss.")
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"task {name!r} occurs twice; task names must differ.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"task {twice!r} occurs twice; task names must differ.")
     return names
 
 
@@ -339,9 +376,13 @@ def weight_by_name(
         missing = [name for name in names if name not in values]
         unknown = [name for name in values if name not in names]
         if missing:
-            raise ValueError(f"{option} names no value for task {missing[0]!r}; it names {', '.join(values)}.")
+            raise ValueError(
+                f"{option} names no value for task {missing[0]!r}; it names {', '.join(values)}."
+            )
         if unknown:
-            raise ValueError(f"{option} names the unknown task {unknown[0]!r}; the tasks are {', '.join(names)}.")
+            raise ValueError(
+                f"{option} names the unknown task {unknown[0]!r}; the tasks are {', '.join(names)}."
+            )
         return np.array([values[name] for name in names], dtype=np.float64)
     if len(values) != len(names):
         raise ValueError(f"{option} has {len(values)} values for {len(names)} tasks ({', '.join(names)}).")

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from detente.methods.base import Declaration, Method
-from detente.values import MethodInfo, Option
+from detente.values import GRADIENT_NEEDS, MethodInfo, Option
 
 _registered: dict[str, tuple[type[Method], MethodInfo]] = {}
 
@@ -73,7 +73,10 @@ def register(cls: M) -> M:
     """
     info = describe(cls)
     known = _registered.get(info.name)
-    if known is not None and (known[0].__module__, known[0].__qualname__) != (cls.__module__, cls.__qualname__):
+    if known is not None and (known[0].__module__, known[0].__qualname__) != (
+        cls.__module__,
+        cls.__qualname__,
+    ):
         raise ValueError(
             f"a method named {info.name!r} is already registered by {known[0].__module__}.{known[0].__qualname__}; "
             "choose another name."
@@ -129,6 +132,7 @@ def describe(cls: type[Method]) -> MethodInfo:
         stationary=declared.stationary,
         simplex=declared.simplex,
         permutation=declared.permutation,
+        heads=declared.heads or ("own" if declared.needs & GRADIENT_NEEDS else "weighted"),
     )
 
 

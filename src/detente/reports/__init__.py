@@ -5,7 +5,7 @@ Nothing here trains, and nothing is shown that is not in a run folder.
 
 from detente.reports.html import NoRuns, build_report
 from detente.reports.plane import accuracy_plane_png
-from detente.reports.tables import Table, results_table, rich_table
+from detente.reports.tables import Table, print_table, results_table, rich_table
 from detente.reports.verdict import Verdict, verdict
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Verdict",
     "accuracy_plane_png",
     "build_report",
+    "print_table",
     "results_table",
     "rich_table",
     "verdict",

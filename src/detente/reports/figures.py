@@ -23,22 +23,21 @@ _BINS = 60
 
 @dataclass(frozen=True)
 class Figure:
-    """One drawing: its title and caption as plain text, plotly's traces and layout, its height in pixels."""
+    """One drawing: its title as plain text, plotly's traces and layout, its height in pixels."""
 
     title: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
-    caption: str = ""
     height: int = 300
 
 
 @dataclass(frozen=True)
 class Section:
-    """Figures that belong together, with a text above them; no figures when ``text`` says why."""
+    """Rows of figures that belong together, with a text above them; no figures when ``text`` says why."""
 
     title: str
     text: str
-    figures: tuple[Figure, ...] = ()
+    rows: tuple[tuple[Figure, ...], ...] = ()
 
 
 def safe(text: str) -> str:
@@ -77,7 +76,7 @@ def loss_curves(study: Study) -> Section:
         return Section("Loss curves", "No epochs were recorded.")
     if len(study.tasks) > len(tasks):
         text += f" The first {len(tasks)} of {len(study.tasks)} tasks are shown."
-    return Section("Loss curves", text, tuple(figures))
+    return Section("Loss curves", text, (tuple(figures),))
 
 
 def weight_curves(study: Study) -> Section:
@@ -90,12 +89,18 @@ def weight_curves(study: Study) -> Section:
     text = (
         "Each task's share of the weights, so that methods with different scales can be compared: "
         "weight divided by the sum of the weights' sizes. Lines are medians over neighbouring steps "
-        "(of all seeds), bands hold the middle half."
+        "(of all seeds), bands hold the middle half. Dotted: equal weights."
     )
     if lacking:
         text += f" No weights recorded: {', '.join(lacking)}."
     series: list[tuple[str, Callable[[Mapping[str, float]], float | None]]]
-    if len(study.tasks) <= MOST_PANELS:
+    if len(study.tasks) == 2 and not _any_negative(shares.values()):
+        # The second panel would be the first one upside down.
+        first, second = study.tasks
+        series = [
+            (f"{first}: share of the weights (the rest is that of {second})", partial(_share_of, task=first))
+        ]
+    elif len(study.tasks) <= MOST_PANELS:
         series = [(f"{task}: share of the weights", partial(_share_of, task=task)) for task in study.tasks]
     else:
         series = [
@@ -107,9 +112,10 @@ def weight_curves(study: Study) -> Section:
         data: list[dict[str, Any]] = []
         for group in study.compared:
             data += _step_traces(group, [(step, pick(found)) for step, found in shares[group.key]])
-        layout = {"xaxis": axis("step"), "yaxis": axis("share", rangemode="tozero")}
+        layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("share")}
+        layout["shapes"] = [straight_line("y", 1 / len(study.tasks), "@muted", "dot", 1)]
         figures.append(Figure(name, data, layout))
-    return Section(title, text, tuple(figures))
+    return Section(title, text, (tuple(figures),))
 
 
 def conflict_curves(study: Study) -> Section:
@@ -118,29 +124,33 @@ def conflict_curves(study: Study) -> Section:
     cosine = "cosine of the two gradients" if len(study.tasks) == 2 else "smallest cosine of two gradients"
     measures: tuple[tuple[str, str, dict[str, Any], float | None], ...] = (
         ("minimal_cosine", cosine, {"range": [-1.05, 1.05]}, 0.0),
-        ("condition_number", "condition number", {"type": "log"}, 10.0),
+        ("condition_number", "condition number", {"type": "log", "dtick": "D2"}, 10.0),
         ("magnitude_similarity", "magnitude similarity", {"range": [-0.05, 1.05]}, None),
     )
-    figures = []
+    rows = []
     for which, when in (("raw", "as given"), ("altered", "after the method")):
+        figures = []
         for key, name, options, line in measures:
             data: list[dict[str, Any]] = []
             for group in study.compared:
                 data += _step_traces(group, _points(group, partial(_measure, which=which, key=key)))
-            if not data:
+            largest = _largest(data)
+            if largest is None:
                 continue
             layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis(name, **options)}
-            if key == "condition_number" and not _any_number(data):
-                continue
-            if line is not None:
+            # The line of the condition number would squeeze curves that stay far below it.
+            if line is not None and largest > 0.3 * line:
                 layout["shapes"] = [straight_line("y", line, "@muted", "dot", 1)]
-            figures.append(Figure(f"{name}, {when}", data, layout, height=270))
+            figures.append(Figure(f"{name}, {when}", data, layout, height=260))
+        if figures:
+            rows.append(tuple(figures))
     measured = [group for group in study.compared if _points(group, lambda row: row.get("raw"))]
-    if not measured or not figures:
+    if not measured or not rows:
         return Section(title, "No conflict measures were recorded.")
     text = (
         "Cosine below the dotted line: the tasks pull against each other. Condition number: largest over "
-        "smallest singular value of the matrix of gradients; 10 is dotted. Magnitude similarity: 1 when the "
+        "smallest singular value of the matrix of gradients; 10, the limit Senushkin et al. (2023) draw, is "
+        "dotted where it is near. Magnitude similarity: 1 when the "
         "gradients are equally long. Broken lines are measured on the features, where the gradients are others "
         "than on the parameters."
     )
@@ -155,7 +165,7 @@ def conflict_curves(study: Study) -> Section:
     share = _infinite_share(measured)
     if share > 0:
         text += f" In {100 * share:.2g} % of the steps the condition number was infinite."
-    return Section(title, text, tuple(figures))
+    return Section(title, text, tuple(rows))
 
 
 def _epoch_traces(
@@ -331,8 +341,13 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return values[below] + (place - below) * (values[above] - values[below])
 
 
-def _any_number(data: Iterable[Mapping[str, Any]]) -> bool:
-    return any(value is not None for trace in data for value in trace["y"])
+def _largest(data: Iterable[Mapping[str, Any]]) -> float | None:
+    """The largest number among the traces, None if there is none."""
+    return max((value for trace in data for value in trace["y"] if value is not None), default=None)
+
+
+def _any_negative(series: Iterable[Sequence[tuple[int, Mapping[str, float]]]]) -> bool:
+    return any(share < 0 for points in series for _, shares in points for share in shares.values())
 
 
 def _log_if_wide(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

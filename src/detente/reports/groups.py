@@ -17,7 +17,8 @@ from detente.statistics import Spread, delta_m_spread
 # under which conditions it was trained.
 _NOT_SETTINGS = frozenset(
     (
-        *("seed", "method", "options", "gradients", "task", "tasks", "label", "name"),
+        *("seed", "method", "option", "options", "gradients", "task", "tasks", "label", "name"),
+        *("measure", "record_steps", "checkpoint_seconds"),
         *("out", "output", "folder", "data_dir", "download", "json", "resume", "progress"),
         *("device", "devices", "threads", "workers"),
     )
@@ -174,6 +175,8 @@ def settings_of(run: Run) -> dict[str, Any]:
             found[prefix] = value
 
     walk("", run.config["config"])
+    # What was learned from is a condition too, where the experiment describes it.
+    walk("problem", run.config.get("problem", {}))
     return found
 
 

@@ -14,7 +14,7 @@ from detente.reports.figures import Figure, Section, conflict_curves, loss_curve
 from detente.reports.groups import Study, collect
 from detente.reports.plane import plane_section
 from detente.reports.samples import strips_html
-from detente.reports.style import BACKGROUND, PALETTE, svg_sample
+from detente.reports.style import BACKGROUND, PALETTE, named
 from detente.reports.tables import table_of
 from detente.reports.verdict import verdict
 
@@ -147,23 +147,30 @@ def _study_html(study: Study, figures: list[Figure], several: bool) -> str:
 
 
 def _section_html(section: Section, figures: list[Figure]) -> str:
-    drawn = []
-    for figure in section.figures:
-        label = html.escape(figure.title or section.title, quote=True)
-        heading = f"<h3>{html.escape(figure.title)}</h3>" if figure.title else ""
-        caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>" if figure.caption else ""
-        drawn.append(
-            f"<figure>{heading}<div class='drawing' role='img' aria-label=\"{label}\" "
-            f"data-figure='{len(figures)}' style='height:{figure.height}px'></div>{caption}</figure>"
-        )
-        figures.append(figure)
-    grid = f"<div class='figures'>{''.join(drawn)}</div>" if drawn else ""
-    return f"<section><h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>{grid}</section>"
+    grids = []
+    for row in section.rows:
+        drawn = "".join(_figure_html(figure, section.title, figures) for figure in row)
+        grids.append(f"<div class='figures{' three' if len(row) == 3 else ''}'>{drawn}</div>")
+    text = html.escape(section.text)
+    return f"<section><h2>{html.escape(section.title)}</h2><p>{text}</p>{''.join(grids)}</section>"
+
+
+def _figure_html(figure: Figure, fallback: str, figures: list[Figure]) -> str:
+    figures.append(figure)
+    label = html.escape(figure.title or fallback, quote=True)
+    heading = f"<h3>{html.escape(figure.title)}</h3>" if figure.title else ""
+    return (
+        f"<figure>{heading}<div class='drawing' role='img' aria-label=\"{label}\" "
+        f"data-figure='{len(figures) - 1}' style='height:{figure.height}px'></div></figure>"
+    )
 
 
 def _table_html(study: Study) -> str:
     table = table_of(study)
-    number = [" class='number'" if column.numeric else "" for column in table.columns]
+    number = [
+        " class='number'" if column.numeric else " class='wide'" if column.minor else ""
+        for column in table.columns
+    ]
     head = "".join(
         f"<th scope='col'{kind}>{html.escape(column.title)}{_ARROW[column.higher_is_better]}</th>"
         for column, kind in zip(table.columns, number, strict=True)
@@ -171,9 +178,16 @@ def _table_html(study: Study) -> str:
     rows = []
     for row in table.rows:
         first, *others = row.cells
-        cells = [f"<th scope='row'>{svg_sample(row.group.style)}{html.escape(first.text)}</th>"]
+        # On a phone the column of gradients gives its place to the numbers.
+        name = named(row.group.style, first.text)
+        also = named(row.group.style, row.group.name)
+        cells = [f"<th scope='row'><span class='wide'>{name}</span><span class='narrow'>{also}</span></th>"]
         for cell, column in zip(others, table.columns[1:], strict=True):
-            kinds = [name for name, here in (("number", column.numeric), ("best", cell.best)) if here]
+            kinds = [
+                name
+                for name, here in (("number", column.numeric), ("best", cell.best), ("wide", column.minor))
+                if here
+            ]
             kind = f" class='{' '.join(kinds)}'" if kinds else ""
             cells.append(f"<td{kind}>{html.escape(cell.text)}</td>")
         rows.append(f"<tr{' class=single' if row.group.single else ''}>{''.join(cells)}</tr>")
@@ -190,10 +204,15 @@ _ARROW = {True: " ↑", False: " ↓", None: ""}
 def _legend(study: Study) -> str:
     buttons = "".join(
         f"<button type='button' aria-pressed='true' data-group='{group.key}'>"
-        f"{svg_sample(group.style)}{html.escape(group.name)}</button>"
+        f"{named(group.style, group.name)}</button>"
         for group in study.groups
     )
-    return f"<nav class='legend' aria-label='Methods: press to hide or show in all figures'>{buttons}</nav>"
+    hint = (
+        "Press a method to hide or show it in all figures. Drag in a figure to zoom; double-click to go back."
+    )
+    return (
+        f"<nav class='legend' aria-label='Methods' title='{hint}'>{buttons}</nav><p class='note'>{hint}</p>"
+    )
 
 
 def _runs_html(study: Study) -> str:

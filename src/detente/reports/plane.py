@@ -68,7 +68,7 @@ def _plane(study: Study, title: str) -> Section:
     absent = [group.name for group in study.compared if not group.finished]
     if absent:
         text += f" Not finished: {', '.join(absent)}."
-    return Section(title, text, (Figure("", data, layout, height=480),))
+    return Section(title, text, ((Figure("", data, layout, height=480),),))
 
 
 def _plane_traces(group: Group, first: Metric, second: Metric) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ def _dots(study: Study, title: str) -> Section:
     if relative:
         layout["shapes"] = [straight_line("x", 0.0, "@single", "dash", 1.5)]
     height = 110 + max(26 * len(study.tasks), 120)
-    return Section(title, text, (Figure("", data, layout, height=height),))
+    return Section(title, text, ((Figure("", data, layout, height=height),),))
 
 
 def _dot(study: Study, task: str, value: float, alone: Spread | None, common: bool) -> float:
@@ -253,7 +253,7 @@ def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
                 xerr=xs.deviation,
                 yerr=ys.deviation,
                 marker=SHAPES[group.style.shape],
-                markersize=11 if group.style.shape == "star" else 8.5,
+                markersize=(11 if group.style.shape == "star" else 8.5) - (0 if group.style.filled else 1.2),
                 color=colour,
                 markerfacecolor=colour if group.style.filled else "white",
                 markeredgewidth=1.8 if not group.style.filled else 0.8,

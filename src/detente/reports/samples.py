@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from detente.records import Run, Samples
 from detente.reports.groups import Group, Study
-from detente.reports.style import svg_sample
+from detente.reports.style import named
 
 _MOST_IMAGES = 12
 _MOST_TASKS = 4
@@ -34,8 +34,8 @@ def strips_html(study: Study) -> str:
         return "<p>No sample images were stored by these runs.</p>"
     lacking = [group.name for group in study.groups if not any(run.samples for run in group.runs)]
     parts = [
-        "<p>The same test images for every method, from its first stored seed. A wrong prediction is struck "
-        "through and has a cross; the label is above.</p>"
+        "<p>The same test images for every method, from its first stored seed. A wrong prediction is "
+        "underlined and has a cross; the labels are in the row above.</p>"
     ]
     parts += [_strip_html(study, strip) for strip in strips]
     if lacking:
@@ -87,7 +87,7 @@ def _strip_html(study: Study, strip: Strip) -> str:
     rows.append(_row("label", [_labels(shown, targets, n) for n in range(count)], "truth"))
     for group, _, samples in strip.members:
         cells = [_predictions(shown, targets, samples, n) for n in range(count)]
-        rows.append(_row(f"{svg_sample(group.style)} {html.escape(group.name)}", cells))
+        rows.append(_row(named(group.style, group.name), cells))
     order = html.escape(", ".join(shown))
     more = f" (of {len(tasks)} tasks)" if len(tasks) > len(shown) else ""
     caption = f"<caption>In each cell, in this order: {order}{more}.</caption>"
@@ -117,5 +117,5 @@ def _predictions(
             parts.append(f"<span class='digit'>{predicted}</span>")
         else:
             title = html.escape(f"{task}: predicted {predicted}, is {label}", quote=True)
-            parts.append(f"<span class='digit wrong' title=\"{title}\"><s>{predicted}</s>✗</span>")
+            parts.append(f"<span class='digit wrong' title=\"{title}\">{predicted}<i>✗</i></span>")
     return " ".join(parts)

@@ -9,6 +9,7 @@ contrast of at least 3 to 1 against their background and stay apart under simula
 
 from __future__ import annotations
 
+import html
 import math
 import zlib
 from collections.abc import Iterable
@@ -132,6 +133,11 @@ def svg_sample(style: Style) -> str:
         f'stroke="currentColor" aria-hidden="true">{line}'
         f'<path d="{_outline(style.shape)}" fill="{inside}" stroke-width="1.6" stroke-linejoin="round"/></svg>'
     )
+
+
+def named(style: Style, name: str) -> str:
+    """The sample and the escaped name beside it, as HTML."""
+    return f"<span class='named'>{svg_sample(style)}<span>{html.escape(name)}</span></span>"
 
 
 def _outline(shape: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detente.records import Metric, Run
+from detente.records import Metric, Run, find_runs
 from detente.reports.groups import Group, Study, collect
 from detente.statistics import Spread, spread
 
@@ -20,12 +21,16 @@ MOST_TASK_COLUMNS = 6
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its title, whether it holds numbers, and which direction is better (None: neither)."""
+    """One column: its title, whether it holds numbers, and which direction is better (None: neither).
+
+    A ``minor`` column is dropped where there is little room: the row's full name says the same.
+    """
 
     key: str
     title: str
     numeric: bool = True
     higher_is_better: bool | None = None
+    minor: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,10 @@ def results_table(runs: Iterable[Run]) -> list[Table]:
 
 def table_of(study: Study) -> Table:
     """The table of one study: main metric of every task, Δm, time, memory."""
-    columns = [Column("method", "method", numeric=False), Column("gradients", "gradients", numeric=False)]
+    columns = [
+        Column("method", "method", numeric=False),
+        Column("gradients", "gradients", numeric=False, minor=True),
+    ]
     narrow = len(study.tasks) <= MOST_TASK_COLUMNS
     if narrow:
         for task in study.tasks:
@@ -91,10 +99,14 @@ def table_of(study: Study) -> Table:
         columns.append(Column("mean", title, True, common.higher_is_better))
     columns += [
         Column("delta_m", "Δm %", True, False),
-        Column("relative_seconds", "time per epoch", True, None),
+        Column("relative_seconds", "time × uniform", True, None),
+        Column("seconds_per_epoch", "s per epoch", True, None),
         Column("peak_memory_bytes", "peak memory", True, None),
-        Column("seeds", "seeds", True, None),
     ]
+    # A column that says "1" in every row says it better in a sentence.
+    counted = any(len(group.runs) != 1 or not group.finished for group in study.groups)
+    if counted:
+        columns.append(Column("seeds", "seeds", True, None))
     rows = []
     for group in study.groups:
         cells = [Cell(title_of(group)), Cell(_GRADIENTS.get(group.gradients, group.gradients))]
@@ -102,12 +114,8 @@ def table_of(study: Study) -> Table:
             cells += [_metric_cell(group, study.metrics[task]) for task in study.tasks]
         elif common is not None:
             cells.append(_mean_cell(group, common))
-        cells += [
-            _delta_cell(study, group),
-            _seconds_cell(study, group),
-            _memory_cell(group),
-            _seeds_cell(group),
-        ]
+        cells += [_delta_cell(study, group), *_seconds_cells(study, group), _memory_cell(group)]
+        cells += [_seeds_cell(group)] if counted else []
         rows.append(Row(group, tuple(cells)))
     return Table(study.experiment, tuple(columns), _mark_best(columns, rows), tuple(_notes(study, narrow)))
 
@@ -141,17 +149,47 @@ def show_spread(text: str, found: Spread, scale: float, digits: str) -> str:
     return text if found.deviation is None else f"{text} ± {scale * found.deviation:{digits}}"
 
 
-def rich_table(table: Table) -> rich.table.Table:
-    """The table for a terminal, for `rich.print`."""
+def rich_table(table: Table, width: int = 10**6) -> rich.table.Table:
+    """The table for a terminal of this many characters, for `rich.print`.
+
+    Numbers are never cut: where there is too little room, memory and seconds are left out, in this order.
+    """
+    import rich.box
     import rich.table
     from rich.text import Text
 
-    shown = rich.table.Table(title=f"{table.experiment}: test results")
-    for column in table.columns:
-        shown.add_column(Text(column.title), justify="right" if column.numeric else "left")
-    for row in table.rows:
-        shown.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row.cells))
+    keep = [index for index, column in enumerate(table.columns) if not column.minor]
+    texts = [[row.group.name, *(cell.text for cell in row.cells[1:])] for row in table.rows]
+    headings = [column.title.replace(" ", "\n") for column in table.columns]
+
+    def needed() -> int:
+        widest = (max(map(len, [*headings[i].split("\n"), *(row[i] for row in texts)])) for i in keep)
+        return sum(widest) + 2 * (len(keep) - 1)
+
+    for key in ("peak_memory_bytes", "seconds_per_epoch"):
+        if needed() > width:
+            keep = [index for index in keep if table.columns[index].key != key]
+    title = f"{table.experiment}: results on test data"
+    shown = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for index in keep:
+        numeric = table.columns[index].numeric
+        shown.add_column(Text(headings[index]), justify="right" if numeric else "left", no_wrap=numeric)
+    for row, entries in zip(table.rows, texts, strict=True):
+        shown.add_row(*(Text(entries[i], style="bold" if row.cells[i].best else "") for i in keep))
     return shown
+
+
+def print_table(folders: Sequence[Path]) -> None:
+    """Print the tables of the runs in these folders, with their notes, to the terminal."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console()
+    for table in results_table(run for folder in folders for run in find_runs(Path(folder))):
+        console.print(rich_table(table, console.width))
+        for note in table.notes:
+            console.print(Padding(Text(note, style="dim"), (0, 1)))
 
 
 _GRADIENTS = {"none": "not needed"}
@@ -199,13 +237,12 @@ def _delta_cell(study: Study, group: Group) -> Cell:
     return Cell(show_spread(show_signed(found.mean), found, 1.0, ".2f"), found.mean)
 
 
-def _seconds_cell(study: Study, group: Group) -> Cell:
-    ours = group.median("seconds_per_epoch")
-    if ours is None:
-        return Cell(MISSING)
-    relative = study.relative_seconds(group)
-    absolute = f"{ours:.3g} s"
-    return Cell(f"{relative:.2f} × ({absolute})" if relative is not None else absolute, relative)
+def _seconds_cells(study: Study, group: Group) -> list[Cell]:
+    seconds, relative = group.median("seconds_per_epoch"), study.relative_seconds(group)
+    return [
+        Cell(MISSING if relative is None else f"{relative:.2f}", relative),
+        Cell(MISSING if seconds is None else f"{seconds:.3g}", seconds),
+    ]
 
 
 def _memory_cell(group: Group) -> Cell:
@@ -263,10 +300,10 @@ def _notes(study: Study, narrow: bool) -> Iterable[str]:
         )
     for reason in sorted(reasons) if done else ():
         yield f"Δm is missing where it cannot be computed: {reason}."
-    if study.uniform() is None:
-        yield "Times are absolute: no finished run with uniform weights to compare with."
+    if all(study.relative_seconds(group) is None for group in study.groups):
+        yield "No finished run with uniform weights has a time to compare with."
     else:
-        yield "Time per epoch is a multiple of that of uniform weights, in brackets seconds of training."
+        yield "Time: seconds of training per epoch, and as a multiple of those with uniform weights."
     if any(cell for cell in (group.median("peak_memory_bytes") for group in study.groups)):
         yield "Peak memory is that of the whole process."
     if not narrow:

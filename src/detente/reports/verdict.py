@@ -52,12 +52,11 @@ def _by_delta_m(study: Study, ranked: list[tuple[Group, Spread]]) -> tuple[str, 
     elif delta.mean > 0:
         headline = f"{best.name} comes closest to one network per task: {percent}. None reaches it."
     else:
-        others = sum(1 for _, other in ranked if other.mean <= 0)
-        company = "alone" if others == 1 else f"and {others - 1} other{'s' if others > 2 else ''}"
-        headline = (
-            f"{best.name} is on average no worse than one network per task: {percent} ({company} here)."
-        )
+        headline = f"{best.name} is on average no worse than one network per task: {percent}."
     sentences = [_per_task(study, best)]
+    if len(ranked) > 1 and delta.mean <= 0:
+        count = sum(1 for _, other in ranked if other.mean <= 0)
+        sentences.append(f"{count} of {len(ranked)} methods get there.")
     uniform = next((pair for pair in ranked if pair[0].method == "uniform"), None)
     if uniform is None:
         sentences.append("Uniform weights, the simplest opponent, were not run or have not finished.")
@@ -150,6 +149,12 @@ def _limits(study: Study, done: list[Group]) -> list[str]:
         sentences.append(
             "No tuned fixed weighting was run, so whether one would do as well is not answered here."
         )
+    last, chosen = _chosen_last(study)
+    if last and 2 * last >= chosen:
+        sentences.append(
+            f"In {last} of {chosen} runs the last epoch was the best on validation data: they were still "
+            "improving, and longer training may change the order."
+        )
     differing = study.differing_settings()
     if differing:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
@@ -161,3 +166,16 @@ def _limits(study: Study, done: list[Group]) -> list[str]:
         are = "run is not finished and is" if unfinished == 1 else "runs are not finished and are"
         sentences.append(f"{unfinished} of {len(study.runs)} {are} left out of the numbers.")
     return sentences
+
+
+def _chosen_last(study: Study) -> tuple[int, int]:
+    """How many finished runs chose their last epoch, and how many chose one epoch on validation data."""
+    last = chosen = 0
+    for run in study.runs:
+        if run.result is None or run.result.get("selection") == "last":
+            continue
+        epochs = run.result.get("selected_epochs")
+        if isinstance(epochs, list) and len(epochs) == 1:
+            chosen += 1
+            last += epochs[0] == run.result["epochs"]
+    return last, chosen

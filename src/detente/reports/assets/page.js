@@ -53,8 +53,7 @@
     const figure = stored.figures[Number(place.dataset.figure)];
     const palette = stored.palette[dark.matches ? "dark" : "light"];
     const options = {
-      responsive: true, displaylogo: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      responsive: true, displayModeBar: false,
     };
     return Plotly.react(place, traces(figure, palette), layout(figure, palette), options);
   }

@@ -1,0 +1,224 @@
+"""The loop on real digits: resume bit for bit, records, refusals, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import detente
+from detente.data import MultiDigits, load_multimnist
+from detente.experiments.multimnist import MultiMNIST, MultiMNISTConfig
+from detente.records import ConfigMismatch, UnwritableFolder, read_run
+from detente.training import checkpoint, loop, train
+
+CONFIG = MultiMNISTConfig(method="mgda", epochs=3, batch_size=64, learning_rate=0.05, record_steps=6)
+
+
+@pytest.fixture(scope="module")
+def digits() -> MultiDigits:
+    return load_multimnist().take(200)  # 4 steps per epoch, the last one short
+
+
+def run(folder: Path, digits: MultiDigits, config: MultiMNISTConfig = CONFIG, **options: Any) -> dict[str, Any]:
+    options = {"experiment": "multimnist", "command": "test", "quiet": True, **options}
+    return train(MultiMNIST(config, digits), config, folder, **options)
+
+
+def without_seconds(rows: Any) -> Any:
+    if isinstance(rows, dict):
+        return {key: without_seconds(value) for key, value in rows.items() if "seconds" not in key}
+    return [without_seconds(row) for row in rows] if isinstance(rows, (list, tuple)) else rows
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / checkpoint.FILE)["model"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+    first, second = read_run(one), read_run(other)
+    assert without_seconds(first.epochs) == without_seconds(second.epochs)
+    assert without_seconds(first.steps) == without_seconds(second.steps)
+    assert first.result is not None and second.result is not None
+    assert first.result["metrics"] == second.result["metrics"]
+    assert first.result["selected_epochs"] == second.result["selected_epochs"]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", sorted(detente.methods()))
+@pytest.mark.parametrize("last", [1, 6, 8])  # before any checkpoint, within an epoch, at an epoch's end
+def test_an_interrupted_run_ends_like_an_undisturbed_one(
+    tmp_path: Path, digits: MultiDigits, monkeypatch: pytest.MonkeyPatch, last: int, method: str
+) -> None:
+    config = replace(CONFIG, method=method, checkpoint_seconds=0.0)  # a checkpoint after every step
+    run(tmp_path / "whole", digits, config)
+    step = loop._Run.run_step
+
+    def stop(self: Any, indices: torch.Tensor) -> None:
+        if self.at.step == last:
+            raise Killed
+        step(self, indices)
+
+    monkeypatch.setattr(loop._Run, "run_step", stop)
+    if last == 1:
+        monkeypatch.setattr(loop._Run, "save", lambda self: None)
+    with pytest.raises(Killed):
+        run(tmp_path / "halves", digits, config)
+    monkeypatch.undo()
+    run(tmp_path / "halves", digits, config)
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_the_seed_decides_everything_and_the_surroundings_nothing(tmp_path: Path, digits: MultiDigits) -> None:
+    torch.manual_seed(1)
+    run(tmp_path / "a", digits)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    run(tmp_path / "b", digits)
+    assert torch.equal(torch.get_rng_state(), state), "training must leave the caller's random state alone"
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    run(tmp_path / "c", digits, replace(CONFIG, seed=1))
+    assert not torch.equal(weights(tmp_path / "a")["conv1.weight"], weights(tmp_path / "c")["conv1.weight"])
+
+
+def test_records_tell_the_whole_run(tmp_path: Path, digits: MultiDigits) -> None:
+    result = run(tmp_path, digits)
+    stored = read_run(tmp_path)
+    assert [row["epoch"] for row in stored.epochs] == [1, 2, 3]
+    assert [row["step"] for row in stored.epochs] == [4, 8, 12]
+    assert [row["step"] for row in stored.steps] == [1, 3, 5, 7, 9, 11]  # every second of twelve
+    row = stored.steps[0]
+    assert row["names"] == ["left", "right"] and row["space"] == "exact" and len(row["raw"]["norms"]) == 2
+    assert result["steps"] == 12 and result["epochs"] == 3
+    assert stored.config["versions"]["torch"] == torch.__version__.split("+")[0] or stored.config["versions"]["torch"] == torch.__version__
+    assert stored.samples is not None and stored.samples.images.shape == (12, 28, 28)
+    assert result["peak_memory_bytes"] > 1e8  # torch alone is more
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_training_loss_is_the_mean_over_examples_not_over_batches(tmp_path: Path, digits: MultiDigits) -> None:
+    config = replace(CONFIG, epochs=1, record_steps=100, learning_rate=1e-12, dropout=0.0)
+    run(tmp_path, digits, config)
+    stored = read_run(tmp_path)
+    sizes = [64, 64, 64, 8]
+    for position, task in enumerate(("left", "right")):
+        expected = sum(n * row["losses"][position] for n, row in zip(sizes, stored.steps, strict=True)) / 200
+        assert stored.epochs[0]["train_loss"][task] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_selected_weights_are_tested(tmp_path: Path, digits: MultiDigits) -> None:
+    config = replace(CONFIG, epochs=4, selection="last-k", selection_k=2)
+    result = run(tmp_path, digits, config)
+    assert result["selected_epochs"] == [3, 4]
+    problem = MultiMNIST(config, digits)
+    by_hand = []
+    for epoch in (3, 4):
+        model = problem.model()
+        model.load_state_dict(checkpoint.load(checkpoint.weights_file(tmp_path, epoch)))
+        model.eval()
+        images, labels = digits.test.batch(slice(None))
+        with torch.no_grad():
+            guess = model(images).predictions["left"].argmax(dim=1)
+        by_hand.append((guess == labels["left"]).double().mean().item())
+    assert result["metrics"]["left"]["accuracy"] == pytest.approx(sum(by_hand) / 2, abs=1e-12)
+    assert sorted(p.name for p in tmp_path.glob("weights*")) == ["weights-epoch-0003.pt", "weights-epoch-0004.pt"]
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path, digits: MultiDigits, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path, digits)
+    monkeypatch.setattr(loop._Run, "run_step", lambda *_: pytest.fail("trained again"))
+    assert run(tmp_path, digits) == first
+
+
+def test_learning_rate_halves(tmp_path: Path, digits: MultiDigits) -> None:
+    run(tmp_path, digits, replace(CONFIG, epochs=5, halve_every=2))
+    rates = [row["learning_rate"] for row in read_run(tmp_path).epochs]
+    assert rates == [0.05, 0.05, 0.025, 0.025, 0.0125]
+
+
+def test_max_steps_ends_within_an_epoch(tmp_path: Path, digits: MultiDigits) -> None:
+    result = run(tmp_path, digits, replace(CONFIG, max_steps=6))
+    assert result["steps"] == 6 and result["epochs"] == 2
+    assert read_run(tmp_path).epochs[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("space", ["exact", "features", "layer"])
+def test_every_space_learns(tmp_path: Path, digits: MultiDigits, space: Any) -> None:
+    config = replace(CONFIG, gradients=space, epochs=30, dropout=0.0)
+    run(tmp_path, digits, config)
+    epochs = read_run(tmp_path).epochs
+    assert epochs[-1]["train_loss"]["left"] < 0.6 * epochs[0]["train_loss"]["left"]
+    assert read_run(tmp_path).steps[0]["space"] == space
+
+
+def test_a_folder_with_another_configuration_is_refused(tmp_path: Path, digits: MultiDigits) -> None:
+    run(tmp_path, digits)
+    with pytest.raises(ConfigMismatch, match="learning_rate"):
+        run(tmp_path, digits, replace(CONFIG, learning_rate=0.01))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, digits: MultiDigits) -> None:
+    run(tmp_path, digits)
+    (tmp_path / "result.json").unlink()
+    file = tmp_path / checkpoint.FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoint.pt"):
+        run(tmp_path, digits)
+
+
+def test_a_loss_that_becomes_nan_names_task_and_step(tmp_path: Path, digits: MultiDigits) -> None:
+    class Broken(MultiMNIST):
+        def losses(self, output: Any, labels: Any) -> dict[str, torch.Tensor]:
+            losses = super().losses(output, labels)
+            return {**losses, "right": losses["right"] * float("nan")}
+
+    with pytest.raises(ValueError, match=r"step 1 .*'right'"):
+        train(Broken(CONFIG, digits), CONFIG, tmp_path, experiment="x", command="x", quiet=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere: read-only folders need another user")
+def test_a_read_only_folder_is_named(tmp_path: Path, digits: MultiDigits) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UnwritableFolder, match="inside"):
+        run(tmp_path / "inside", digits)
+
+
+def test_a_folder_below_a_file_is_named(tmp_path: Path, digits: MultiDigits) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnwritableFolder, match="file"):
+        run(tmp_path / "file" / "inside", digits)
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes(tmp_path: Path) -> None:
+    """A real process, a real SIGKILL at an arbitrary moment."""
+    command = [sys.executable, "-m", "detente", "run", "multimnist", "--method", "mgda", "--epochs", "2", "--json"]
+    command += ["--batch-size", "500", "--checkpoint-seconds", "0.2", "--record-steps", "1000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run([*command, "--out", str(whole)], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout)["epochs"] == 2
+    process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while not (killed / checkpoint.FILE).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists()
+    subprocess.run([*command, "--out", str(killed)], capture_output=True, env=environment, check=True)
+    assert_same_run(whole, killed)
