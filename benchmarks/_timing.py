@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of every call, ``rounds`` of each, taken in turns after ``warmup`` unmeasured rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + rounds):

@@ -71,7 +71,11 @@ def rows(quick: bool = False) -> list[dict[str, object]]:
     table = []
     for case, rounds in cases[:1] if quick else cases:
         seconds = interleaved(_runs(case, peers=_has_torchjd()), rounds)
-        row: dict[str, object] = {"network": case.name, "T": case.tasks, "plain s": sorted(seconds["plain"])[rounds // 2]}
+        row: dict[str, object] = {
+            "network": case.name,
+            "T": case.tasks,
+            "plain s": sorted(seconds["plain"])[rounds // 2],
+        }
         for name, base in (
             ("features", "plain"),
             ("exact", "plain"),
@@ -103,5 +107,9 @@ def main() -> None:
             if isinstance(value, tuple):
                 median, low, high = value
                 limit = promised.get(name)
-                verdict = "" if limit is None else f"  promised <= {limit}: {'kept' if median <= limit else 'NOT KEPT'}"
+                verdict = (
+                    ""
+                    if limit is None
+                    else f"  promised <= {limit}: {'kept' if median <= limit else 'NOT KEPT'}"
+                )
                 print(f"  {name:20} {median:7.3f}  ({low:.3f} to {high:.3f}){verdict}")

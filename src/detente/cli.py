@@ -183,8 +183,8 @@ def _run(arguments: list[str]) -> int:
         """
         return config, out, json
 
-    config_type: Any = experiment.config
-    parse.__annotations__["config"] = tyro.conf.OmitArgPrefixes[config_type]
+    unprefixed: Any = tyro.conf.OmitArgPrefixes
+    parse.__annotations__["config"] = unprefixed[experiment.config]
     parse.__annotations__["out"] = Path | None
     parse.__annotations__["json"] = bool
     parse.__doc__ = f"{experiment.name}: {experiment.summary}.\n\nSource: {experiment.source}"
@@ -194,6 +194,7 @@ def _run(arguments: list[str]) -> int:
         prog=f"detente run {experiment.name}",
         config=(tyro.conf.UseAppendAction,),
     )
+    _check_method(config)
     label = _single_task_label(config)
     folder = out or Path("runs") / experiment.name / run_name(config, label)
     with redirect_stdout(sys.stderr):
@@ -208,6 +209,16 @@ def _run(arguments: list[str]) -> int:
         )
     _print_result(result, folder, as_json)
     return 0
+
+
+def _check_method(config: Any) -> None:
+    """Find out about a wrong method or option before any data are read."""
+    from detente.methods import create
+
+    try:
+        create(config.method, **config.method_options())
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def run_name(config: Any, label: str | None) -> str:
@@ -225,7 +236,17 @@ def _single_task_label(config: Any) -> str | None:
 
 def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
-        keys = ("experiment", "method", "options", "gradients", "seed", "epochs", "steps", "metrics", "seconds")
+        keys = (
+            "experiment",
+            "method",
+            "options",
+            "gradients",
+            "seed",
+            "epochs",
+            "steps",
+            "metrics",
+            "seconds",
+        )
         print(json.dumps({**{key: result[key] for key in keys}, "folder": str(folder)}))
         return
     for task, values in result["metrics"].items():
@@ -261,7 +282,11 @@ def _evaluate(command: EvaluateCommand) -> int:
     if command.json:
         keys = ("experiment", "method", "options", "gradients", "seed")
         about = {key: run.config[key] for key in keys}
-        print(json.dumps({**about, "split": command.split, "epochs": run.result["selected_epochs"], "metrics": metrics}))
+        print(
+            json.dumps(
+                {**about, "split": command.split, "epochs": run.result["selected_epochs"], "metrics": metrics}
+            )
+        )
         return 0
     for task, values in metrics.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))

@@ -191,11 +191,11 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as nested dictionaries and lists of plain numbers and strings."""
-        return _plain(self)
+        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Conflict, StepRecord)):
+    if isinstance(value, Conflict):
         return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, tuple):
         return [_plain(entry) for entry in value]

@@ -63,7 +63,9 @@ def test_public_names_are_explained(name: str) -> None:
     short = [
         public
         for public, value in public_names(module).items()
-        if len((own_docstring(value) or "").strip().splitlines()) < 2
+        # For an exception one line can say it all: what happened.
+        if len((own_docstring(value) or "").strip().splitlines())
+        < (1 if inspect.isclass(value) and issubclass(value, BaseException) else 2)
     ]
     assert not short, f"{name}: a docstring of more than one line is missing for {short}"
 

@@ -29,7 +29,9 @@ def digits() -> MultiDigits:
     return load_multimnist().take(200)  # 4 steps per epoch, the last one short
 
 
-def run(folder: Path, digits: MultiDigits, config: MultiMNISTConfig = CONFIG, **options: Any) -> dict[str, Any]:
+def run(
+    folder: Path, digits: MultiDigits, config: MultiMNISTConfig = CONFIG, **options: Any
+) -> dict[str, Any]:
     options = {"experiment": "multimnist", "command": "test", "quiet": True, **options}
     return train(MultiMNIST(config, digits), config, folder, **options)
 
@@ -83,7 +85,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
-def test_the_seed_decides_everything_and_the_surroundings_nothing(tmp_path: Path, digits: MultiDigits) -> None:
+def test_the_seed_decides_everything_and_the_surroundings_nothing(
+    tmp_path: Path, digits: MultiDigits
+) -> None:
     torch.manual_seed(1)
     run(tmp_path / "a", digits)
     torch.manual_seed(2)
@@ -104,13 +108,18 @@ def test_records_tell_the_whole_run(tmp_path: Path, digits: MultiDigits) -> None
     row = stored.steps[0]
     assert row["names"] == ["left", "right"] and row["space"] == "exact" and len(row["raw"]["norms"]) == 2
     assert result["steps"] == 12 and result["epochs"] == 3
-    assert stored.config["versions"]["torch"] == torch.__version__.split("+")[0] or stored.config["versions"]["torch"] == torch.__version__
+    assert (
+        stored.config["versions"]["torch"] == torch.__version__.split("+")[0]
+        or stored.config["versions"]["torch"] == torch.__version__
+    )
     assert stored.samples is not None and stored.samples.images.shape == (12, 28, 28)
     assert result["peak_memory_bytes"] > 1e8  # torch alone is more
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
 
 
-def test_training_loss_is_the_mean_over_examples_not_over_batches(tmp_path: Path, digits: MultiDigits) -> None:
+def test_training_loss_is_the_mean_over_examples_not_over_batches(
+    tmp_path: Path, digits: MultiDigits
+) -> None:
     config = replace(CONFIG, epochs=1, record_steps=100, learning_rate=1e-12, dropout=0.0)
     run(tmp_path, digits, config)
     stored = read_run(tmp_path)
@@ -135,10 +144,15 @@ def test_the_selected_weights_are_tested(tmp_path: Path, digits: MultiDigits) ->
             guess = model(images).predictions["left"].argmax(dim=1)
         by_hand.append((guess == labels["left"]).double().mean().item())
     assert result["metrics"]["left"]["accuracy"] == pytest.approx(sum(by_hand) / 2, abs=1e-12)
-    assert sorted(p.name for p in tmp_path.glob("weights*")) == ["weights-epoch-0003.pt", "weights-epoch-0004.pt"]
+    assert sorted(p.name for p in tmp_path.glob("weights*")) == [
+        "weights-epoch-0003.pt",
+        "weights-epoch-0004.pt",
+    ]
 
 
-def test_a_finished_run_is_not_repeated(tmp_path: Path, digits: MultiDigits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_repeated(
+    tmp_path: Path, digits: MultiDigits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run(tmp_path, digits)
     monkeypatch.setattr(loop._Run, "run_step", lambda *_: pytest.fail("trained again"))
     assert run(tmp_path, digits) == first
@@ -176,7 +190,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, digits: MultiDigits) -> N
     (tmp_path / "result.json").unlink()
     file = tmp_path / checkpoint.FILE
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(checkpoint.CheckpointError, match="checkpoint.pt"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.pt"):
         run(tmp_path, digits)
 
 
@@ -190,7 +204,9 @@ def test_a_loss_that_becomes_nan_names_task_and_step(tmp_path: Path, digits: Mul
         train(Broken(CONFIG, digits), CONFIG, tmp_path, experiment="x", command="x", quiet=True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere: read-only folders need another user")
+@pytest.mark.skipif(
+    os.geteuid() == 0, reason="the superuser may write anywhere: read-only folders need another user"
+)
 def test_a_read_only_folder_is_named(tmp_path: Path, digits: MultiDigits) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UnwritableFolder, match="inside"):
@@ -206,13 +222,31 @@ def test_a_folder_below_a_file_is_named(tmp_path: Path, digits: MultiDigits) -> 
 @pytest.mark.slow
 def test_a_killed_process_resumes(tmp_path: Path) -> None:
     """A real process, a real SIGKILL at an arbitrary moment."""
-    command = [sys.executable, "-m", "detente", "run", "multimnist", "--method", "mgda", "--epochs", "2", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "detente",
+        "run",
+        "multimnist",
+        "--method",
+        "mgda",
+        "--epochs",
+        "2",
+        "--json",
+    ]
     command += ["--batch-size", "500", "--checkpoint-seconds", "0.2", "--record-steps", "1000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run([*command, "--out", str(whole)], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [*command, "--out", str(whole)], capture_output=True, text=True, env=environment, check=True
+    )
     assert json.loads(done.stdout)["epochs"] == 2
-    process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(
+        [*command, "--out", str(killed)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
     deadline = time.monotonic() + 120
     while not (killed / checkpoint.FILE).exists():
         assert process.poll() is None and time.monotonic() < deadline

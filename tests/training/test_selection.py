@@ -18,7 +18,13 @@ HISTORY = [
 
 @pytest.mark.parametrize(
     ("rule", "k", "expected"),
-    [("mean", 1, [1]), ("last", 1, [5]), ("last-k", 2, [4, 5]), ("last-k", 99, [0, 1, 2, 3, 4, 5]), ("non-dominated", 1, [4])],
+    [
+        ("mean", 1, [1]),
+        ("last", 1, [5]),
+        ("last-k", 2, [4, 5]),
+        ("last-k", 99, [0, 1, 2, 3, 4, 5]),
+        ("non-dominated", 1, [4]),
+    ],
 )
 def test_rules_choose_the_epochs_found_by_hand(rule: str, k: int, expected: list[int]) -> None:
     assert chosen(rule, HISTORY, k) == expected

@@ -14,7 +14,7 @@ import torch
 
 from detente.autograd.exact import Pass
 from detente.autograd.flat import Gradients, Layout, gradients_of, present
-from detente.autograd.partition import Memory, Partition, gradient_edge, trainable, walk
+from detente.autograd.partition import Memory, gradient_edge, trainable, walk
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,12 +43,12 @@ class MultiMNIST:
     def __init__(self, config: MultiMNISTConfig, digits: MultiDigits) -> None:
         self.config, self.digits = config, digits
         self.tasks: Sequence[str] = ("left", "right") if config.tasks == "both" else (config.tasks,)
-        self.metrics = [
+        self.metrics: Sequence[Metric] = [
             metric
             for task in self.tasks
             for metric in (Metric(task, "accuracy", True, True), Metric(task, "loss", False, False))
         ]
-        self.main_metric = dict.fromkeys(self.tasks, "accuracy")
+        self.main_metric: Mapping[str, str] = dict.fromkeys(self.tasks, "accuracy")
 
     def model(self) -> nn.Module:
         """A LeNet with one head of ten outputs per task."""

@@ -63,7 +63,9 @@ def experiments() -> dict[str, Experiment]:
     found: dict[str, Experiment] = {}
     package = importlib.import_module("detente.experiments")
     for module in pkgutil.iter_modules(package.__path__):
-        experiment = getattr(importlib.import_module(f"detente.experiments.{module.name}"), "EXPERIMENT", None)
+        experiment = getattr(
+            importlib.import_module(f"detente.experiments.{module.name}"), "EXPERIMENT", None
+        )
         if isinstance(experiment, Experiment):
             found[experiment.name] = experiment
     return dict(sorted(found.items()))

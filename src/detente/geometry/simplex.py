@@ -369,8 +369,10 @@ def _affine_minimiser(cosines: Array, limits: Array, support: NDArray[np.intp]) 
     floor = 2 * len(side) * EPS * values[-1]
     kept = (values > floor) | (np.abs(parts) > 4 * len(side) * EPS)
     values = np.where(values > floor, values, np.maximum(values, 0.0) + floor)[kept]
-    basis, parts = vectors[:, kept], parts[kept]
-    first = basis @ (parts / values)
+    basis = vectors[:, kept]
+    first = basis @ (parts[kept] / values)
+    # Eigenvectors mix long and short gradients; one refinement makes small entries right to rounding of themselves.
+    first = first + basis @ ((basis.T @ (side - system @ first)) / values)
     second = -(basis @ ((basis.T @ first) / values))
     return first, second, length
 

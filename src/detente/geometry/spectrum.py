@@ -1,10 +1,10 @@
 """Eigenvalues of a Gramian, its rank, and the condition number of the gradients.
 
-An ordinary eigenvalue routine is right to a machine epsilon of the LARGEST eigenvalue: two gradients whose norms
-differ by 1e6 leave four digits of the smallest. Here the Gramian is factored first, rows of long gradients before
-short ones, G = LLᵀ, and the singular values of the graded factor are taken: each is right to a few machine epsilons of
-itself as far as the gradients scaled to unit length are independent (Demmel & Veselić 1992 give the reason; the tests
-hold it against 50-digit arithmetic). That also halves the exponent: nothing is squared a second time.
+An ordinary eigenvalue routine is right to a machine epsilon of the LARGEST eigenvalue: of gradients whose norms differ
+by 1e6 it leaves three or four digits of the smallest. Here the Gramian is factored, rows of long gradients before
+short ones, G = LLᵀ, and the singular values of that graded factor are taken. They are right to a few machine epsilons
+of themselves times the condition of the gradients scaled to unit length, whatever the norms (Demmel & Veselić 1992
+say why a scaled matrix decides; the tests hold values and vectors against 50-digit arithmetic).
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ class Method(nn.Module, ABC):
             loaded = state_dict.get(prefix + name)
             if loaded is not None and (buffer is None or buffer.shape != loaded.shape):
                 self._buffers[name] = torch.empty_like(loaded)  # sized by the first step, not by the tasks
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # Generators can be neither copied nor pickled; their state can. The engine's memory is not ours to copy.
@@ -235,7 +235,7 @@ class Method(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         drawn = state.pop("generator_state")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.generator = None
         if drawn is not None:
             self.generator = torch.Generator()

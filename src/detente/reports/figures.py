@@ -121,25 +121,27 @@ def weight_curves(study: Study) -> Section:
 def conflict_curves(study: Study) -> Section:
     """Cosine, condition number and magnitude similarity over steps, raw and altered."""
     title = "Conflict between the gradients"
-    cosine = "cosine of the two gradients" if len(study.tasks) == 2 else "smallest cosine of two gradients"
+    cosine = "cosine" if len(study.tasks) == 2 else "smallest cosine of two tasks"
     measures: tuple[tuple[str, str, dict[str, Any], float | None], ...] = (
         ("minimal_cosine", cosine, {"range": [-1.05, 1.05]}, 0.0),
-        ("condition_number", "condition number", {"type": "log", "dtick": "D2"}, 10.0),
+        ("condition_number", "condition number", {"type": "log"}, 10.0),
         ("magnitude_similarity", "magnitude similarity", {"range": [-0.05, 1.05]}, None),
     )
     rows = []
-    for which, when in (("raw", "as given"), ("altered", "after the method")):
+    for which, when in (("raw", "as given"), ("altered", "altered")):
         figures = []
         for key, name, options, line in measures:
             data: list[dict[str, Any]] = []
             for group in study.compared:
                 data += _step_traces(group, _points(group, partial(_measure, which=which, key=key)))
-            largest = _largest(data)
-            if largest is None:
+            values = [value for trace in data for value in trace["y"] if value is not None]
+            if not values:
                 continue
+            if options.get("type") == "log":
+                options = _log_axis(min(values), max(values))
             layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis(name, **options)}
             # The line of the condition number would squeeze curves that stay far below it.
-            if line is not None and largest > 0.3 * line:
+            if line is not None and max(values) >= 0.3 * line:
                 layout["shapes"] = [straight_line("y", line, "@muted", "dot", 1)]
             figures.append(Figure(f"{name}, {when}", data, layout, height=260))
         if figures:
@@ -156,9 +158,9 @@ def conflict_curves(study: Study) -> Section:
     )
     altered = [group.name for group in study.compared if _points(group, lambda row: row.get("altered"))]
     if altered:
-        text += f" “After the method” exists where the method alters each gradient: {', '.join(altered)}."
+        text += f" “Altered”: after the method changed the gradients one by one, as {', '.join(altered)} did."
     else:
-        text += " No method here alters the gradients one by one, so there is nothing to measure after it."
+        text += " No method here alters the gradients one by one."
     lacking = [group.name for group in study.compared if group not in measured]
     if lacking:
         text += f" Not measured: {', '.join(lacking)}."
@@ -341,17 +343,20 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return values[below] + (place - below) * (values[above] - values[below])
 
 
-def _largest(data: Iterable[Mapping[str, Any]]) -> float | None:
-    """The largest number among the traces, None if there is none."""
-    return max((value for trace in data for value in trace["y"] if value is not None), default=None)
-
-
 def _any_negative(series: Iterable[Sequence[tuple[int, Mapping[str, float]]]]) -> bool:
     return any(share < 0 for points in series for _, shares in points for share in shares.values())
+
+
+def _log_axis(low: float, high: float) -> dict[str, Any]:
+    """A logarithmic axis with a tick at 1, 2 and 5 of every decade it covers, one per decade where it is long."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) <= 4 else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.4g}" for tick in ticks]}
 
 
 def _log_if_wide(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """A logarithmic axis where the losses span more than a factor of five and are all positive."""
     values = [value for trace in data for value in trace["y"] if value is not None]
     wide = bool(values) and min(values) > 0 and max(values) > 5 * min(values)
-    return {"type": "log", "dtick": "D2"} if wide else {}
+    return _log_axis(min(values), max(values)) if wide else {}

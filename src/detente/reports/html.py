@@ -198,7 +198,7 @@ def _table_html(study: Study) -> str:
     )
 
 
-_ARROW = {True: " ↑", False: " ↓", None: ""}
+_ARROW = {True: "&nbsp;↑", False: "&nbsp;↓", None: ""}
 
 
 def _legend(study: Study) -> str:
@@ -239,7 +239,7 @@ def _state(run: Run) -> str:
         if run.result.get("seconds") is not None:
             parts.append(f"{run.result['seconds']:.0f} s")
         if run.result.get("parameters") is not None:
-            parts.append(f"{run.result['parameters']:,} parameters".replace(",", " "))
+            parts.append(f"{run.result['parameters']:,} parameters".replace(",", "\N{NARROW NO-BREAK SPACE}"))
     if run.steps:
         parts.append(f"{len(run.steps)} steps recorded")
     status = Counter(str(row["status"]) for row in run.steps if row.get("status", "ok") != "ok")

@@ -247,19 +247,23 @@ def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
             assert xs is not None
             assert ys is not None
             colour = colours[group.style.colour]
-            axes.errorbar(
+            bars = {
+                "xerr": xs.deviation,
+                "yerr": ys.deviation,
+                "elinewidth": 1.2,
+                "capsize": 2.5,
+                "capthick": 1.2,
+            }
+            axes.errorbar([xs.mean], [ys.mean], fmt="none", ecolor=colour, zorder=2, **bars)
+            axes.plot(
                 [xs.mean],
                 [ys.mean],
-                xerr=xs.deviation,
-                yerr=ys.deviation,
                 marker=SHAPES[group.style.shape],
                 markersize=(11 if group.style.shape == "star" else 8.5) - (0 if group.style.filled else 1.2),
-                color=colour,
                 markerfacecolor=colour if group.style.filled else "white",
                 markeredgewidth=1.8 if not group.style.filled else 0.8,
                 markeredgecolor=colour if not group.style.filled else "white",
                 linestyle="none",
-                capsize=2,
                 label=group.name,
                 zorder=3,
             )

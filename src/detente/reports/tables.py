@@ -257,8 +257,7 @@ def _seeds_cell(group: Group) -> Cell:
     open_runs = len(group.runs) - len(group.finished)
     text = str(len(group.seeds)) if group.finished else ""
     if open_runs:
-        epochs = max((len(run.epochs) for run in group.runs if not run.finished), default=0)
-        text = f"{text} + {open_runs} not finished" if text else f"not finished, epoch {epochs}"
+        text = f"{text or 0} + {open_runs} unfinished"
     return Cell(text, float(len(group.seeds)))
 
 

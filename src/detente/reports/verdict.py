@@ -9,6 +9,9 @@ from detente.reports.groups import Group, Study
 from detente.reports.tables import show_metric, show_signed
 from detente.statistics import Spread, spread
 
+# Held together at the end of a line.
+_PERCENT = "\N{NO-BREAK SPACE}%"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -45,15 +48,20 @@ def _ranked(study: Study) -> list[tuple[Group, Spread]]:
 
 def _by_delta_m(study: Study, ranked: list[tuple[Group, Spread]]) -> tuple[str, list[str]]:
     best, delta = ranked[0]
-    percent = f"Δm {show_signed(delta.mean)} %"
+    percent = f"Δm {show_signed(delta.mean)}{_PERCENT}"
+    # Methods whose Δm is the same as shown share the headline.
+    leaders = [group.name for group, other in ranked if show_signed(other.mean) == show_signed(delta.mean)]
+    names = " and ".join(leaders) if len(leaders) < 3 else f"{', '.join(leaders[:-1])} and {leaders[-1]}"
     if len(ranked) == 1:
         side = "worse than" if delta.mean > 0 else "no worse than"
         headline = f"{best.name} is on average {side} one network per task: {percent}."
     elif delta.mean > 0:
-        headline = f"{best.name} comes closest to one network per task: {percent}. None reaches it."
+        come = "come" if len(leaders) > 1 else "comes"
+        headline = f"{names} {come} closest to one network per task: {percent}. None reaches it."
     else:
-        headline = f"{best.name} is on average no worse than one network per task: {percent}."
-    sentences = [_per_task(study, best)]
+        are = "are" if len(leaders) > 1 else "is"
+        headline = f"{names} {are} on average no worse than one network per task: {percent}."
+    sentences = [_per_task(study, best, f"{best.name} on test data" if len(leaders) > 1 else "On test data")]
     if len(ranked) > 1 and delta.mean <= 0:
         count = sum(1 for _, other in ranked if other.mean <= 0)
         sentences.append(f"{count} of {len(ranked)} methods get there.")
@@ -65,22 +73,22 @@ def _by_delta_m(study: Study, ranked: list[tuple[Group, Spread]]) -> tuple[str, 
             second, its = ranked[1]
             sentences.append(
                 f"No method does better than uniform weights here; the next is {second.name} "
-                f"with Δm {show_signed(its.mean)} %."
+                f"with Δm {show_signed(its.mean)}{_PERCENT}."
             )
     else:
         gain = uniform[1].mean - delta.mean
         sentences.append(
-            f"Uniform weights have Δm {show_signed(uniform[1].mean)} %: a difference of {gain:.2f} points."
+            f"Uniform weights have Δm {show_signed(uniform[1].mean)}{_PERCENT}: a difference of {gain:.2f} points."
             f"{_against_chance(gain, delta, uniform[1])}"
         )
         sentences += _cost(study, best)
     return headline, sentences
 
 
-def _per_task(study: Study, group: Group) -> str:
+def _per_task(study: Study, group: Group, start: str) -> str:
     if len(group.tasks) > 4:
         better = sum(1 for task in group.tasks if _not_worse(study, group, task))
-        return f"It is no worse than the single-task network in {better} of {len(group.tasks)} tasks."
+        return f"{start}: no worse than the single-task network in {better} of {len(group.tasks)} tasks."
     parts = []
     for task in group.tasks:
         metric = study.metrics[task]
@@ -88,10 +96,10 @@ def _per_task(study: Study, group: Group) -> str:
         alone = spread(theirs.values(task)) if theirs else None
         if ours is None or alone is None:
             continue
-        unit = " %" if metric.percent else ""
+        unit = _PERCENT if metric.percent else ""
         shown, other = show_metric(ours.mean, metric), show_metric(alone.mean, metric)
         parts.append(f"{task} {metric.name} {shown}{unit} (single task {other}{unit})")
-    return f"On test data: {', '.join(parts)}."
+    return f"{start}: {', '.join(parts)}."
 
 
 def _not_worse(study: Study, group: Group, task: str) -> bool:
@@ -130,7 +138,7 @@ def _leaders(study: Study, done: list[Group]) -> list[str]:
             continue
         pick = max if metric.higher_is_better else min
         group, mean = pick(found, key=lambda pair: pair[1].mean)
-        unit = " %" if metric.percent else ""
+        unit = _PERCENT if metric.percent else ""
         sentences.append(
             f"Best {metric.name} on {task}: {group.name} with {show_metric(mean.mean, metric)}{unit}."
         )
@@ -142,7 +150,9 @@ def _limits(study: Study, done: list[Group]) -> list[str]:
     sentences = []
     counts = {len(group.seeds) for group in (*done, *study.singles) if group.finished}
     if counts == {1}:
-        sentences.append("There is one seed for each method: differences of this size may be chance.")
+        sentences.append(
+            "There is one seed for each method. One seed proves little: such differences may be chance."
+        )
     elif 1 in counts:
         sentences.append("Some methods have only one seed: differences from them may be chance.")
     if len(done) > 1 and not any(group.method == "static" for group in done):
@@ -163,8 +173,8 @@ def _limits(study: Study, done: list[Group]) -> list[str]:
         )
     unfinished = sum(1 for run in study.runs if not run.finished)
     if unfinished:
-        are = "run is not finished and is" if unfinished == 1 else "runs are not finished and are"
-        sentences.append(f"{unfinished} of {len(study.runs)} {are} left out of the numbers.")
+        are = "is not finished and is" if unfinished == 1 else "are not finished and are"
+        sentences.append(f"{unfinished} of {len(study.runs)} runs {are} left out of the numbers.")
     return sentences
 
 

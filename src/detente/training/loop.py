@@ -142,7 +142,7 @@ def evaluate(problem: Problem, model: nn.Module, split: SplitName) -> dict[str, 
     model.eval()
     try:
         with torch.no_grad():
-            for indices in torch.arange(len(examples)).split(_EVALUATION_BATCH):
+            for indices in torch.split(torch.arange(len(examples)), _EVALUATION_BATCH):
                 inputs, labels = _to_device(examples.batch(indices), device)
                 meter.update(model(inputs), labels)
     finally:
@@ -164,7 +164,13 @@ class _Run:
     ) -> None:
         from lightning_fabric import Fabric
 
-        self.problem, self.config, self.method, self.records, self.stored = problem, config, method, records, stored
+        self.problem, self.config, self.method, self.records, self.stored = (
+            problem,
+            config,
+            method,
+            records,
+            stored,
+        )
         self.info = describe(type(method))
         self.quiet = quiet
         fabric = Fabric(accelerator="auto", devices=1)
@@ -175,7 +181,11 @@ class _Run:
         self.shared = None if named is None else list(named())
         self.data = problem.split("train")
         batches = -(-len(self.data) // config.batch_size)
-        self.total = config.epochs * batches if config.max_steps is None else min(config.max_steps, config.epochs * batches)
+        self.total = (
+            config.epochs * batches
+            if config.max_steps is None
+            else min(config.max_steps, config.epochs * batches)
+        )
         self.stride = max(1, self.total // config.record_steps)
         self.at = Position()
         self.resume()
@@ -227,7 +237,7 @@ class _Run:
         if config.halve_every:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.learning_rate * 0.5 ** (at.epoch // config.halve_every)
-        order = epoch_order(len(self.data), config.seed, at.epoch).split(config.batch_size)
+        order = torch.split(epoch_order(len(self.data), config.seed, at.epoch), config.batch_size)
         saved = time.monotonic()
         started = time.perf_counter()
         while at.batch < len(order) and at.step < self.total:
@@ -252,14 +262,24 @@ class _Run:
             "refused": at.refused,
         }
         self.records.append_epoch(row)
-        at.epoch, at.batch, at.loss_sums, at.examples, at.refused, at.epoch_seconds = at.epoch + 1, 0, {}, 0, 0, 0.0
+        at.epoch, at.batch, at.loss_sums, at.examples, at.refused, at.epoch_seconds = (
+            at.epoch + 1,
+            0,
+            {},
+            0,
+            0,
+            0.0,
+        )
         candidates = [epoch + 1 for epoch in kept(config.selection, at.history, config.selection_k)]
         if at.epoch in candidates:
             checkpoint.save(checkpoint.weights_file(self.records.path, at.epoch), self.module.state_dict())
         at.seconds += time.perf_counter() - started
         self.save()
         checkpoint.keep_weights(self.records.path, candidates)
-        report(at.step, " ".join(f"{task} {metrics[task][main]:.4g}" for task, main in self.problem.main_metric.items()))
+        report(
+            at.step,
+            " ".join(f"{task} {metrics[task][main]:.4g}" for task, main in self.problem.main_metric.items()),
+        )
 
     def run_step(self, indices: torch.Tensor) -> None:
         """One batch."""
@@ -294,10 +314,14 @@ class _Run:
     def balance(self, output: Any, losses: Mapping[str, torch.Tensor], measure: bool) -> StepRecord:
         """Fill ``.grad``, in the space the configuration names."""
         config = self.config
-        space = config.gradients if self.info.takes_gradients or measure or config.scale != "native" else "none"
+        space = (
+            config.gradients if self.info.takes_gradients or measure or config.scale != "native" else "none"
+        )
         last: Any = getattr(self.module, "last_shared_parameters", None)
         if space == "layer" and last is None:
-            raise ValueError("the network names no last_shared_parameters(); use gradients exact or features.")
+            raise ValueError(
+                "the network names no last_shared_parameters(); use gradients exact or features."
+            )
         return backward(
             losses,
             self.method,
@@ -338,7 +362,10 @@ class _Run:
         result = {
             "schema": SCHEMA,
             "status": "done",
-            **{key: self.stored[key] for key in ("experiment", "method", "options", "gradients", "label", "seed", "tasks")},
+            **{
+                key: self.stored[key]
+                for key in ("experiment", "method", "options", "gradients", "label", "seed", "tasks")
+            },
             "epochs": at.epoch,
             "steps": at.step,
             "selection": config.selection,

@@ -44,7 +44,9 @@ class _Lines:
             return
         self.spoken = now
         left = (now - self.started) / (done - self.first) * (self.total - done)
-        print(f"{self.title}: step {done} of {self.total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr)
+        print(
+            f"{self.title}: step {done} of {self.total}, {left:.0f} s left {note}".rstrip(), file=sys.stderr
+        )
 
 
 @contextmanager
@@ -64,6 +66,9 @@ def _bar(title: str, total: int) -> Iterator[Progress]:
         task = bar.add_task(title, total=total, note="")
 
         def update(done: int, note: str = "") -> None:
-            bar.update(task, completed=done, **({"note": note} if note else {}))
+            if note:
+                bar.update(task, completed=done, note=note)
+            else:
+                bar.update(task, completed=done)
 
         yield update
