@@ -62,7 +62,7 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
     Args:
         roots: tensors with a graph.
         stops: edges to stop at.
-        named: True if the caller names shared and own parameters, so that a compiled model hides nothing it needs.
+        named: True if the caller names shared or own parameters, so that a compiled model hides nothing that is needed.
 
     Raises:
         ValueError: the graph holds reentrant activation checkpointing.
@@ -70,8 +70,8 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
     """
     barrier = frozenset(stops)
     masks: dict[Node, int] = {}
-    outputs: dict[Node, dict[int, int]] = {}  # of compiled nodes: which roots use which output
     stopped: dict[Edge, int] = {}
+    entered: dict[Edge, int] = {}  # by which output the roots enter each compiled node
     heads: list[Node] = []
     for bit, root in enumerate(roots):
         edge = gradient_edge(root)
@@ -79,78 +79,69 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
             stopped[edge] = stopped.get(edge, 0) | 1 << bit
             continue
         masks[edge[0]] = masks.get(edge[0], 0) | 1 << bit
-        _note_compiled(outputs, edge, 1 << bit)
+        entered[edge] = entered.get(edge, 0) | 1 << bit
         heads.append(edge[0])
 
     # First pass: every node once, its children, and how many parents it waits for.
     children: dict[Node, list[Edge]] = {}
     waiting: dict[Node, int] = dict.fromkeys(heads, 0)
+    variables: dict[Node, torch.Tensor] = {}
+    compiled: set[Node] = set()
     todo = list(heads)
     while todo:
         node = todo.pop()
         if node in children:
             continue
-        edges = [edge for edge in node.next_functions if edge[0] is not None]
-        children[node] = edges  # type: ignore[assignment]
+        edges = children[node] = [(child, number) for child, number in node.next_functions if child is not None]
+        if not edges and (variable := getattr(node, "variable", None)) is not None:
+            variables[node] = variable
+            continue
+        name = node.name()
+        if name.startswith("CheckpointFunction"):
+            raise ValueError(
+                "the graph holds reentrant activation checkpointing, which task gradients cannot pass; "
+                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        if name.startswith("CompiledFunction"):
+            compiled.add(node)
         for edge in edges:
-            child = edge[0]
-            if edge in barrier or child is None:
+            if edge in barrier:
                 continue
+            child = edge[0]
             waiting[child] = waiting.get(child, 0) + 1
             if child not in children:
                 todo.append(child)
 
     # Second pass, parents before children: hand the masks down.
-    leaves: dict[torch.Tensor, int] = {}
     overlap = False
     ready = [node for node in dict.fromkeys(heads) if waiting[node] == 0]
     while ready:
         node = ready.pop()
         mask = masks[node]
-        variable = getattr(node, "variable", None)
-        if variable is not None and not children[node]:
-            leaves[variable] = mask
+        if node in variables:
             continue
         overlap = overlap or mask & (mask - 1) != 0
-        _refuse_opaque(node, {} if named else outputs)
         for edge in children[node]:
-            child = edge[0]
             if edge in barrier:
                 stopped[edge] = stopped.get(edge, 0) | mask
                 continue
+            child = edge[0]
             masks[child] = masks.get(child, 0) | mask
-            _note_compiled(outputs, edge, mask)
+            if child in compiled:
+                entered[edge] = entered.get(edge, 0) | mask
             waiting[child] -= 1
             if waiting[child] == 0:
                 ready.append(child)
-    ordered = {leaf: leaves[leaf] for node in children if (leaf := getattr(node, "variable", None)) in leaves}
-    return Walk(ordered, stopped, overlap)
-
-
-def _note_compiled(outputs: dict[Node, dict[int, int]], edge: Edge, mask: int) -> None:
-    node, number = edge
-    if node.name().startswith("CompiledFunction"):
-        per_output = outputs.setdefault(node, {})
-        per_output[number] = per_output.get(number, 0) | mask
-
-
-def _refuse_opaque(node: Node, outputs: Mapping[Node, Mapping[int, int]]) -> None:
-    name = node.name()
-    if name.startswith("CheckpointFunction"):
-        raise ValueError(
-            "the graph holds reentrant activation checkpointing, which task gradients cannot pass; "
-            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-        )
-    per_output = outputs.get(node, {})
-    if len(set(per_output.values())) > 1:
+    if not named and any(mask != masks[node] for (node, _), mask in entered.items() if node in compiled):
         raise CompiledModel(
             "the model was compiled as one piece, so its graph does not tell shared from task-specific parameters. "
-            "Name them with shared= and task_specific=, or compile the trunk and the heads separately."
+            "Name the shared ones with shared=, or compile the trunk and the heads separately."
         )
+    return Walk({variable: masks[node] for node, variable in variables.items()}, stopped, overlap)
 
 
 class CompiledModel(ValueError):
-    """A compiled model hides which parameters are shared; name them with ``shared=`` and ``task_specific=``."""
+    """A compiled model hides which parameters are shared; name them with ``shared=``."""
 
 
 def as_tensors(parameters: Parameters | Mapping[str, Any], option: str) -> tuple[torch.Tensor, ...]:
@@ -221,8 +212,7 @@ def partition(
     Raises:
         ValueError: no loss reaches any of the named shared parameters.
     """
-    named = shared is not None and task_specific is not None
-    leaves = walk(losses, named=named).leaves
+    leaves = walk(losses, named=shared is not None or task_specific is not None).leaves
     if shared is not None:
         chosen = trainable(shared)
         if chosen and not any(leaf in leaves for leaf in chosen):
@@ -239,8 +229,19 @@ def partition(
     taken = set(chosen)
     candidates = leaves if task_specific is None else [leaf for leaf in task_specific if leaf in leaves]
     rest = [leaf for leaf in candidates if leaf not in taken]
-    own = tuple(tuple(leaf for leaf in rest if leaves[leaf] >> task & 1) for task in range(len(losses)))
+    own = by_task({leaf: leaves[leaf] for leaf in rest}, len(losses))
     return Partition(tuple(chosen), tuple(leaves.get(leaf, 0) for leaf in chosen), own)
+
+
+def by_task(masks: Mapping[torch.Tensor, int], tasks: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """For each task the tensors whose bit mask names it."""
+    lists: list[list[torch.Tensor]] = [[] for _ in range(tasks)]
+    for tensor, mask in masks.items():
+        while mask:
+            lowest = mask & -mask
+            lists[lowest.bit_length() - 1].append(tensor)
+            mask ^= lowest
+    return tuple(map(tuple, lists))
 
 
 def trainable(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -33,6 +33,8 @@ VIOLATED = 1e-14
 SINGULAR = 1e11
 # Exchanging everything at once takes 2 to 9 rounds; more means that it cycles.
 ROUNDS = 15
+# Exchanges of one task at a time for dependent gradients before Wolfe's method takes over.
+EXCHANGES = 100
 
 
 def minimum_norm_point(gramian: ArrayLike) -> Array:
@@ -130,15 +132,17 @@ def frank_wolfe(gramian: ArrayLike, *, max_iterations: int = 250, tolerance: flo
 def simplex_residual(gramian: ArrayLike, weights: ArrayLike) -> float | Array:
     """How far weights are from solving min αᵀGα over the simplex, relative and free of scale.
 
-    With μ = αᵀGα the weights are optimal exactly when (Gα)_i ≥ μ for every task i. The residual is the largest of
+    With μ = αᵀGα the weights are optimal exactly when (Gα)_i ≥ μ for every task i, with equality where α_i > 0. Let
+    r_i = ((Gα)_i − μ) / ((|G||α|)_i + |α|ᵀ|G||α|), the difference over the terms that were summed to compute it, and
+    share_i = α_i‖g_i‖ / Σ_j|α_j|‖g_j‖. The residual is the largest of
 
-    * (μ − (Gα)_i) / ((|G||α|)_i + |α|ᵀ|G||α|), the violation over the terms that were summed to compute it,
-    * |Σα − 1|,
-    * −α_i and −α_i‖g_i‖ / Σ_j|α_j|‖g_j‖.
+    * −r_i, a task that ought to have more weight,
+    * min(r_i, share_i), a task that ought to have less,
+    * |Σα − 1|, −α_i and −share_i, weights off the simplex.
 
-    Row i is measured by its own size, not by the largest gradient's, so that a task a million times shorter than the
-    others counts in full; scaling all gradients, or one together with its weight, changes nothing. About 1e-16 is
-    rounding, 1 is as wrong as can be.
+    Row i is measured by its own size, not by the largest gradient's, so that tasks a million times shorter or longer
+    than the others count in full, and scaling all gradients changes nothing. About 1e-16 is rounding, 1 is as wrong
+    as can be.
 
     Args:
         gramian: [..., T, T].
@@ -169,15 +173,13 @@ def simplex_residual(gramian: ArrayLike, weights: ArrayLike) -> float | Array:
     products = _times(gram, alpha)
     sizes = _times(np.abs(gram), np.abs(alpha))
     sizes += (np.abs(alpha) * sizes).sum(axis=-1, keepdims=True)
-    violation = (alpha * products).sum(axis=-1, keepdims=True) - products
-    relative = np.where(violation > 0, violation / np.where(sizes > 0, sizes, 1.0), 0.0)
-    lengths = alpha * (norms / longest)
-    total = np.abs(lengths).sum(axis=-1)
-    negative = -lengths.min(axis=-1) / np.where(total > 0, total, 1.0)
-    residual = np.maximum.reduce(
-        [relative.max(axis=-1), np.abs(alpha.sum(axis=-1) - 1), -alpha.min(axis=-1), negative]
-    )
-    residual = np.maximum(residual, 0.0)
+    differences = products - (alpha * products).sum(axis=-1, keepdims=True)
+    relative = differences / np.where(sizes > 0, sizes, 1.0)
+    terms = alpha * (norms / longest)
+    total = np.abs(terms).sum(axis=-1, keepdims=True)
+    shares = terms / np.where(total > 0, total, 1.0)
+    worst = np.maximum.reduce([-relative, np.minimum(relative, shares), -alpha, -shares]).max(axis=-1)
+    residual = np.maximum(np.maximum(worst, np.abs(alpha.sum(axis=-1) - 1)), 0.0)
     return float(residual) if residual.ndim == 0 else residual
 
 
@@ -261,7 +263,8 @@ def _gaps(cosines: Array, limits: Array, scaled: Array) -> tuple[Array, Array]:
 def _residual(cosines: Array, limits: Array, scaled: Array) -> Array:
     """`simplex_residual` for non-negative scaled weights with cᵀβ = 1."""
     gaps, sizes = _gaps(cosines, limits, scaled)
-    return np.asarray((-gaps / sizes).max(axis=-1))
+    shares = scaled / scaled.sum(axis=-1, keepdims=True)
+    return np.asarray(np.maximum(-gaps / sizes, np.minimum(gaps / sizes, shares)).max(axis=-1))
 
 
 def _pivot(cosines: Array, limits: Array) -> Array | None:
@@ -289,7 +292,7 @@ def _pivot(cosines: Array, limits: Array) -> Array | None:
         wrong = gaps < -VIOLATED * sizes
         wrong[support] = candidate < 0
         if not wrong.any():
-            if (gaps < -TRUSTED * sizes).any():
+            if (np.where(support, np.abs(gaps), -gaps) > TRUSTED * sizes).any():
                 return None
             scaled = np.zeros(tasks)
             scaled[support] = candidate
@@ -333,8 +336,8 @@ def _pivot_batch(cosines: Array, limits: Array) -> tuple[Array, NDArray[np.bool_
         wrong = np.where(support, candidate < 0, gaps < -VIOLATED * sizes)
         settled = regular & ~wrong.any(axis=-1)
         scaled[index[settled]] = candidate[settled]
-        below: NDArray[np.bool_] = gaps < -TRUSTED * sizes
-        trusted[index[settled]] = ~below[settled].any(axis=-1)
+        off: NDArray[np.bool_] = np.where(support, np.abs(gaps), -gaps) > TRUSTED * sizes
+        trusted[index[settled]] = ~off[settled].any(axis=-1)
         support = support ^ wrong
         going = regular & ~settled & support.any(axis=-1)
         if not going.any():
@@ -385,7 +388,7 @@ def _pivot_dependent(cosines: Array, limits: Array) -> Array | None:
     """
     tasks = len(limits)
     support = np.ones(tasks, dtype=bool)
-    for round_ in range(ROUNDS + 3 * tasks):
+    for round_ in range(ROUNDS + EXCHANGES):
         inside = np.flatnonzero(support)
         first, second, length = _affine_minimiser(cosines, limits, inside)
         columns, thresholds = cosines[:, inside], limits / length

@@ -1,0 +1,114 @@
+"""Checks of losses and numbers that weightings of the losses share; no method lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detente.methods.base import Method
+from detente.values import TaskGradients
+
+Array = NDArray[np.float64]
+
+
+def positive_losses(method: Method, gradients: TaskGradients, why: str = "takes logarithms of the losses") -> Array:
+    """[T] the losses of this step, all of them positive.
+
+    Raises:
+        ValueError: a loss is zero or negative; the task is named.
+
+    Example:
+        >>> import detente
+        >>> gradients = TaskGradients(names=("left", "right"), losses=np.array([1.0, 0.0]))
+        >>> positive_losses(detente.create("gls"), gradients)
+        Traceback (most recent call last):
+        ...
+        ValueError: gls takes logarithms of the losses, and the loss of task 'right' is 0.0; it needs positive losses...
+    """
+    losses = gradients.losses
+    assert losses is not None
+    if not losses.min() > 0:
+        place = int(np.argmin(losses > 0))
+        raise ValueError(
+            f"{method.declares.name} {why}, and the loss of task {gradients.names[place]!r} is {losses[place]}; it "
+            "needs positive losses. Add a constant to that loss (its gradient stays the same) or use another method."
+        )
+    return losses
+
+
+def losses_of(method: Method, losses: Mapping[str, Any] | Sequence[Any], expected: Sequence[str]) -> Array:
+    """[len(expected)] finite losses handed to a hook, in the order of the tasks ``expected``.
+
+    Args:
+        method: whose hook was called, for messages.
+        losses: numbers or scalar tensors: by task name, or in the order of ``expected``.
+        expected: the tasks of the step that the hook belongs to.
+
+    Raises:
+        ValueError: a task is missing or unknown, the count differs, or a loss is not finite; the task is named.
+
+    Example:
+        >>> import detente
+        >>> losses_of(detente.create("famo"), {"b": 2.0, "a": 1.0}, ("a", "b"))
+        array([1., 2.])
+    """
+    name = method.declares.name
+    if isinstance(losses, Mapping):
+        given = {str(task): float(loss) for task, loss in losses.items()}
+        missing = [task for task in expected if task not in given]
+        unknown = [task for task in given if task not in expected]
+        if missing or unknown:
+            what = f"lacks task {missing[0]!r}" if missing else f"names task {unknown[0]!r}"
+            raise ValueError(
+                f"{name}: after_step() {what}; it takes the losses of the tasks of the last step "
+                f"({', '.join(expected)}), on the same batch."
+            )
+        values = np.array([given[task] for task in expected])
+    else:
+        values = np.array([float(loss) for loss in losses])
+        if len(values) != len(expected):
+            raise ValueError(
+                f"{name}: after_step() was given {len(values)} losses, and the last step had {len(expected)} tasks "
+                f"({', '.join(expected)})."
+            )
+    for task, value in zip(expected, values, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(f"{name}: the loss of task {task!r} given to after_step() is not finite: {value}.")
+    return values
+
+
+def number(option: str, value: float, *, above: float | None = None, least: float | None = None) -> float:
+    """``value`` as a finite number > ``above`` and >= ``least``.
+
+    Raises:
+        ValueError: it is out of that range; the option is named.
+
+    Example:
+        >>> number("lr", 0, above=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: option lr is 0; give a finite number > 0.
+    """
+    inside = np.isfinite(value) and (above is None or value > above) and (least is None or value >= least)
+    if not inside:
+        bounds = [f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", least)) if bound is not None]
+        raise ValueError(f"option {option} is {value}; give a finite number{' ' if bounds else ''}{''.join(bounds)}.")
+    return float(value)
+
+
+def count(option: str, value: int | None, *, least: int) -> int | None:
+    """``value`` as a whole number >= ``least``; None stays None.
+
+    Raises:
+        ValueError: it is none; the option is named.
+
+    Example:
+        >>> count("epoch_steps", 100, least=1)
+        100
+    """
+    if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
+        raise ValueError(f"option {option} is {value}; give a whole number >= {least}.")
+    return None if value is None else int(value)
