@@ -1,36 +1,79 @@
-"""Runs the benchmarks of this folder, one after the other."""
+"""Runs the benchmarks of this folder, one after the other; ``--page FILE`` also writes what they print as a page."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
+import io
 import os
 import pkgutil
 import platform
 import sys
 import time
+from pathlib import Path
 
 import numpy
 import torch
 
 import benchmarks
 
+HEADER = """# Benchmarks
 
-def main(names: list[str]) -> int:
+Made by `python -m benchmarks --page docs/benchmarks.md` (`make bench` prints the same). Whatever is compared is
+measured in turns on the same machine; medians are shown with the range of the ratios. Seconds depend on the machine,
+ratios much less.
+"""
+
+
+class _Tee(io.StringIO):
+    """Shows what is printed while it is kept."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text)  # type: ignore[union-attr]
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+        return super().write(text)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main(arguments: list[str]) -> int:
     """Run the named benchmarks, or all of them; 2 if a name is unknown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help="benchmarks to run (default: all)")
+    parser.add_argument("--page", type=Path, help="also write a page in Markdown")
+    options = parser.parse_args(arguments)
     known = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")]
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in options.names if name not in known]
     if unknown:
         print(f"no benchmark named {unknown[0]!r}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
-    print(
+    machine = (
         f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}, "
-        f"{os.cpu_count()} cores, {platform.machine()}"
+        f"{os.cpu_count()} cores, {_processor()}, {torch.get_num_threads()} threads"
     )
-    for name in names or known:
+    print(machine)
+    page = [HEADER, f"{machine}.\n"]
+    for name in options.names or known:
+        module = importlib.import_module(f"benchmarks.{name}")
         start = time.perf_counter()
         print(f"\n== {name}", flush=True)
-        importlib.import_module(f"benchmarks.{name}").main()
+        with contextlib.redirect_stdout(_Tee()) as kept:
+            module.main()
         print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+        page.append(
+            f"## {name}\n\n{(module.__doc__ or '').strip()}\n\n```text\n{kept.getvalue().rstrip()}\n```\n"
+        )
+    if options.page is not None:
+        temporary = options.page.with_suffix(".tmp")
+        temporary.write_text("\n".join(page), encoding="utf-8")
+        temporary.replace(options.page)
     return 0
 
 

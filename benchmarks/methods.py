@@ -120,4 +120,6 @@ def main() -> None:
         for row in rows(agreeing=agreeing):
             theirs = row["torchjd"]
             peer = f"{theirs * 1e6:10.0f} us {theirs / row['seconds']:7.1f} x" if theirs else " " * 24
-            print(f"  {row['method']:14} T={row['T']:<4} {row['seconds'] * 1e6:9.0f} us {peer}  {verdict(row)}")
+            print(
+                f"  {row['method']:14} T={row['T']:<4} {row['seconds'] * 1e6:9.0f} us {peer}  {verdict(row)}"
+            )

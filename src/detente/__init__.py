@@ -9,7 +9,8 @@
 True
 """
 
-from detente.methods import Declaration, Method, create, methods, register, unregister
+from detente.methods import Declaration, Method, create, methods, register, unregister, wrappers
+from detente.methods.wrappers import wrap
 from detente.step import apply, backward, combine, task_gradients
 from detente.values import Combination, Conflict, MethodInfo, Option, StepRecord, TaskGradients
 
@@ -32,4 +33,6 @@ __all__ = [
     "register",
     "task_gradients",
     "unregister",
+    "wrap",
+    "wrappers",
 ]

@@ -7,33 +7,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from detente.autograd.exact import Pass, exact_pass, layer_pass
-from detente.autograd.flat import Gradients, accumulate, largest_entries
+from detente.autograd.flat import accumulate, largest_entries
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
-from detente.autograd.partition import Memory, Parameters, as_tensors, partition
-from detente.autograd.representation import assign_roles, features_pass
+from detente.autograd.losses import (
+    Losses,
+    check_behind,
+    check_gradients,
+    check_losses,
+    check_own,
+    check_scalar,
+    check_weighted,
+    named_losses,
+    numbers,
+    values_of,
+)
+from detente.autograd.measure import Taken, check_further, measure_gradients, take_further
+from detente.autograd.partition import Memory, Parameters
+from detente.autograd.take import Where, take
 from detente.autograd.weighted import weighted_backward
 from detente.diagnostics.conflict import measure_conflict
 from detente.methods.base import Method, one_of, positional
 from detente.methods.registry import create, info_of
-from detente.values import Combination, StepRecord, TaskGradients
+from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
-Losses = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
 Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None
 Heads = Literal["own", "weighted"] | None
 Scale = Literal["native", "sum", "mean", "unit"]
 MemoryMode = Literal["fast", "batched"]
 
 NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
+NO_SHARED_WEIGHTED = "no shared parameters: every parameter takes the weighted gradient of its own loss"
 
 
 def combine(
@@ -43,7 +56,8 @@ def combine(
 
     Args:
         method: a method, or the name of one (created afresh, with its default options).
-        jacobian: [T, P], one task gradient per row; left untouched.
+        jacobian: [T, P], one task gradient per row; left untouched. To a method that looks at blocks of parameters
+            it is a single block.
         losses: T numbers, by name or by position; needed by methods that look at losses.
 
     Returns:
@@ -60,7 +74,9 @@ def combine(
     method = create(method) if isinstance(method, str) else method
     jacobian = torch.as_tensor(jacobian).detach()
     if jacobian.dim() != 2 or jacobian.shape[0] == 0:
-        raise ValueError(f"jacobian has shape {tuple(jacobian.shape)}; give one row per task, [T, P] with T >= 1.")
+        raise ValueError(
+            f"jacobian has shape {tuple(jacobian.shape)}; give one row per task, [T, P] with T >= 1."
+        )
     if not jacobian.is_floating_point():
         raise ValueError(f"jacobian has dtype {jacobian.dtype}; give floating-point gradients.")
     tasks = jacobian.shape[0]
@@ -70,38 +86,45 @@ def combine(
         names = tuple(str(name) for name in losses)
     else:
         names = method.tasks if method.tasks is not None and len(method.tasks) == tasks else positional(tasks)
-    scalars = [] if losses is None else [_scalar(n, v) for n, v in zip(names, _values(losses), strict=True)]
+    scalars = [] if losses is None else [torch.as_tensor(loss) for loss in values_of(losses)]
+    for name, loss in zip(names, scalars, strict=False):
+        check_scalar(name, loss)
     host = to_host([*scalars, gramian(jacobian)])
     matrix = host[-1]
-    numbers = np.array([float(entry) for entry in host[:-1]]) if losses is not None else None
-    _check_losses(names, numbers)
-    _check_gradients(names, matrix)
-    gradients = TaskGradients(names=names, losses=numbers, gramian=matrix, jacobian=jacobian)
-    return with_direction(method.combine(gradients), jacobian)
+    given = None if losses is None else numbers(host[:-1])
+    check_losses(names, given)
+    check_gradients(names, matrix)
+    gradients = TaskGradients(names=names, losses=given, gramian=matrix, jacobian=jacobian)
+    if "blocks" in method.needs_now():
+        whole: dict[str, Any] = {
+            "block_names": ("all",),
+            "block_sizes": (jacobian.shape[1],),
+            "block_layers": (0,),
+        }
+        gradients = replace(gradients, block_gramians=matrix[None].copy(), **whole)
+    return with_direction(method.combine(gradients), gradients)
 
 
-def with_direction(combination: Combination, jacobian: torch.Tensor) -> Combination:
-    """The combination with its direction [P] filled in from the weights; exactly zero where it is stationary."""
+def with_direction(combination: Combination, gradients: TaskGradients) -> Combination:
+    """The combination with its direction [P] filled in from the weights; exactly zero where it is stationary.
+
+    The direction has memory of its own: the engine uses that of the Jacobian again in the next step.
+    """
+    jacobian = gradients.jacobian
+    assert jacobian is not None
     if combination.status == "stationary":
         return replace(combination, direction=jacobian.new_zeros(jacobian.shape[1]))
-    if combination.direction is not None:
-        return combination
-    assert combination.weights is not None, "a combination has weights or a direction"
-    weights = combination.weights.to(device=jacobian.device, dtype=jacobian.dtype)
-    return replace(combination, direction=weights @ jacobian)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """The task gradients of one step, as values and as the graph that can still carry a direction back.
-
-    Attributes:
-        gradients: what a method sees.
-        graph: turns a direction into gradients of the shared parameters; holds the own parameters' gradients.
-    """
-
-    gradients: TaskGradients
-    graph: Pass
+    direction = combination.direction
+    if direction is None and combination.block_weights is not None:
+        weights = combination.block_weights.to(device=jacobian.device, dtype=jacobian.dtype)
+        pieces = zip(weights, torch.split(jacobian, list(gradients.block_sizes), dim=1), strict=True)
+        direction = torch.cat([block @ piece for block, piece in pieces])
+    elif direction is None:
+        assert combination.weights is not None, "a combination has weights or a direction"
+        direction = combination.weights.to(device=jacobian.device, dtype=jacobian.dtype) @ jacobian
+    elif direction.untyped_storage().data_ptr() == jacobian.untyped_storage().data_ptr():
+        direction = direction.clone()
+    return replace(combination, direction=direction)
 
 
 def task_gradients(
@@ -113,12 +136,14 @@ def task_gradients(
     solve_on: Parameters | None = None,
     memory: MemoryMode = "fast",
     retain_graph: bool = False,
+    blocks: bool = False,
     workspace: Memory | None = None,
 ) -> Taken | None:
     """Take the gradient of every loss with respect to what the tasks share.
 
     Args:
         losses, features, shared, task_specific, solve_on, memory, retain_graph: as for :func:`backward`.
+        blocks: also one Gramian for each shared tensor, for methods that need blocks; in the exact space.
         workspace: memory from one step to the next; None takes fresh memory, so that the returned Jacobian is the
             caller's to keep.
 
@@ -135,10 +160,19 @@ def task_gradients(
         array([[ 2.,  6.],
                [ 6., 18.]])
     """
-    names, scalars = _named_losses(losses)
+    names, scalars = named_losses(losses)
+    where = Where.given(features, shared, task_specific, solve_on)
     workspace = Memory() if workspace is None else workspace
-    graph = _take(names, scalars, features, shared, task_specific, solve_on, memory, retain_graph, workspace)
-    return None if graph is None else _measure(names, graph)
+    graph = take(
+        names,
+        scalars,
+        where,
+        workspace,
+        retain_graph=retain_graph,
+        batched=memory == "batched",
+        activations=True,
+    )
+    return None if graph is None else measure_gradients(names, graph, blocks=blocks)
 
 
 def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale: Scale = "native") -> None:
@@ -148,7 +182,7 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
 
     Args:
         taken: from :func:`task_gradients`; its graph is used up unless it was retained.
-        combination: with its direction filled in.
+        combination: what a method decided.
         heads: ``own`` parameters take the plain gradient of their loss, or ``weighted`` like the shared ones.
         scale: length of the shared direction, see :func:`backward`.
 
@@ -164,11 +198,13 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
     """
     if not combination.accepted:
         return
+    assert taken.gradients.jacobian is not None
+    combination = with_direction(combination, taken.gradients)
     direction, weights = combination.direction, combination.weights
-    assert direction is not None, "use with_direction() first"
+    assert direction is not None
     if weights is None and (heads == "weighted" or taken.graph.space == "layer"):
         asked = "heads='weighted'" if heads == "weighted" else "solve_on="
-        raise ValueError(f"{asked} needs weights of the tasks, and this method gives only a direction.")
+        raise ValueError(f"{asked} needs one weight for each task, and this method gives none.")
     native = weights
     if scale != "native":
         factor = _length_factor(direction, taken.gradients, scale)
@@ -178,7 +214,7 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
         weights = torch.zeros_like(weights)
     shared = taken.graph.shared(direction, weights)
     if taken.graph.space != "exact":
-        _check_behind(taken.gradients.names, shared)
+        check_behind(taken.gradients.names, shared)
     own = taken.graph.own
     if heads == "weighted":
         assert native is not None
@@ -198,14 +234,17 @@ def backward(
     scale: Scale = "native",
     memory: MemoryMode = "fast",
     measure: bool = False,
+    extra: Sequence[Losses] = (),
     retain_graph: bool = False,
 ) -> StepRecord:
     """Fill ``.grad`` for one step of training with several losses: the line that replaces ``sum(losses).backward()``.
 
     A parameter that two or more losses reach is shared and receives the method's direction; one that a single loss
     reaches is that task's own. Once shared, a parameter stays shared for this method, so that batches without some
-    task change nothing. Gradients are added to an existing ``.grad``. Hooks on leaves do not run, since gradients
-    are taken with ``torch.autograd.grad``.
+    task change nothing. Gradients are added to an existing ``.grad``.
+
+    Gradients are taken with ``torch.autograd.grad``: post-accumulate hooks of parameters do not run, and hooks of
+    tensors (``register_hook``) see each backward, that is one task's gradient at a time.
 
     Args:
         losses: scalars with their graph, by task name or in sequence (named "0", "1", …). A task may be absent
@@ -222,7 +261,10 @@ def backward(
         scale: length of the shared direction in the space where the problem is solved: ``native``, or that of the
             ``sum`` or ``mean`` gradient, or ``unit``. Own parameters are not scaled; zero stays zero.
         memory: ``fast``: one backward per task; ``batched``: one vectorised backward (every task walks all heads).
+            With ``features`` or ``solve_on`` both are the same.
         measure: take task gradients for the record also for methods that do not need them.
+        extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
+            of them, or none (this batch then stands for all). They only inform the method.
         retain_graph: keep the graph for another backward.
 
     Returns:
@@ -232,7 +274,8 @@ def backward(
     Raises:
         ValueError: no losses, a loss that is not a scalar or has no graph, NaN or Inf in a loss or gradient,
             features that a loss does not depend on, named shared parameters that no loss reaches, a space the
-            method cannot be solved in. The task is named; ``.grad`` and the method's state are unchanged.
+            method cannot be solved in, further batches it does not take. The task is named; ``.grad`` and the
+            method's state are unchanged.
         TypeError: ``method`` is not a method.
 
     Example:
@@ -245,31 +288,39 @@ def backward(
         (('left', 'right'), True, True)
     """
     started = time.perf_counter()
-    _check_call(method, heads, scale, memory, features, solve_on)
-    names, scalars = _named_losses(losses)
+    _check_call(method, heads, scale, memory)
+    names, scalars = named_losses(losses)
+    where = Where.given(features, shared, task_specific, solve_on)
     info = info_of(method)
     workspace: Memory = method.__dict__.setdefault("workspace", Memory())
     if heads is None:
         heads = info.heads
-    if not (info.takes_gradients or measure or scale != "native"):
-        record = _weighting(names, scalars, method, workspace, shared, task_specific, heads, retain_graph)
-        return replace(record, seconds=time.perf_counter() - started)
-    graph = _take(names, scalars, features, shared, task_specific, solve_on, memory, retain_graph, workspace)
+    check_further(info, where, extra)
+    needs = method.needs_now()
+    graph = None
+    if needs & GRADIENT_NEEDS or measure or scale != "native":
+        graph = take(
+            names,
+            scalars,
+            where,
+            workspace,
+            retain_graph=retain_graph,
+            batched=memory == "batched",
+            activations="activations" in needs,
+        )
     if graph is None:
-        plain = None if info.takes_gradients else method
-        record = _weighting(names, scalars, plain, workspace, shared, task_specific, heads, retain_graph)
+        record = _weighting(names, scalars, method, info, where, heads, retain_graph, workspace)
         return replace(record, seconds=time.perf_counter() - started)
-    taken = _measure(names, graph)
-    assert taken.gradients.jacobian is not None
-    # Past this point something may still fail behind the representation: keep what the method knew.
-    before = deepcopy(method.state_dict()) if info.stateful and graph.space != "exact" else None
-    combination = with_direction(method.combine(taken.gradients), taken.gradients.jacobian)
-    try:
+    taken = measure_gradients(names, graph, blocks="blocks" in needs)
+    if extra and any(need.startswith("batches:") for need in needs):
+        further = take_further(names, extra, graph, blocks="blocks" in needs, retain_graph=retain_graph)
+        taken = replace(taken, gradients=replace(taken.gradients, extra=further))
+    # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
+    # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
+    cautious = graph.space != "exact" or heads == "weighted"
+    with _undone_on_failure(method, info) if cautious else nullcontext():
+        combination = method.combine(taken.gradients)
         apply(taken, combination, heads=heads, scale=scale)
-    except ValueError:
-        if before is not None:
-            method.load_state_dict(before)
-        raise
     return replace(_record(taken.gradients, combination), seconds=time.perf_counter() - started)
 
 
@@ -279,130 +330,72 @@ def backward(
 def _weighting(
     names: tuple[str, ...],
     losses: list[torch.Tensor],
-    method: Method | None,
-    workspace: Memory,
-    shared: Parameters | None,
-    task_specific: Parameters | Mapping[str, Any] | None,
+    method: Method,
+    info: MethodInfo,
+    where: Where,
     heads: Heads,
     retain_graph: bool,
+    workspace: Memory,
 ) -> StepRecord:
-    """A step that needs no task gradients: one backward of the weighted losses (plain ones without a method)."""
-    numbers = None
-    before = None
-    combination = Combination(weights=torch.ones(len(losses), dtype=torch.float64), notes=(NO_SHARED,))
-    if method is not None:
-        if "losses" in info_of(method).needs:
-            numbers = np.array([float(entry) for entry in to_host(losses)])
-            _check_losses(names, numbers)
-        before = deepcopy(method.state_dict()) if info_of(method).stateful else None
-        known = method.tasks
-        combination = method.combine(TaskGradients(names=names, losses=numbers, space="none"))
-    parts = _partition(losses, workspace, shared, task_specific)
-    assert combination.weights is not None
-    found, own = weighted_backward(
-        losses,
-        parts,
-        combination.weights,
-        plain_heads=heads == "own" and method is not None,
-        retain_graph=retain_graph,
-    )
-    everything = [*found, *(pair for task in own for pair in task)]
-    largest = largest_entries(gradient for _, gradient in everything)
-    try:
-        if numbers is None:
-            host = to_host([*losses, *largest])
-            numbers = np.array([float(entry) for entry in host[: len(losses)]])
-            _check_losses(names, numbers)
-            finite = np.array([float(entry) for entry in host[len(losses) :]])
-        else:
-            finite = np.array([float(entry) for entry in to_host(largest)])
-        _check_plain(names, found, own, finite)
-    except ValueError:
-        if method is not None:
-            if before is not None:
-                method.load_state_dict(before)
-            elif known is None:
-                method._unbind()
-        raise
-    accumulate(everything)
+    """A step without task gradients: one backward of the weighted losses.
+
+    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1.
+    """
+    parts = where.partition(names, losses, workspace)
+    needs = method.needs_now()
+    plain = bool(needs & GRADIENT_NEEDS)
+    known = None
+    if not plain and "losses" in needs:
+        known = numbers(to_host(losses))
+        check_losses(names, known)
+    with nullcontext() if plain else _undone_on_failure(method, info):
+        combination = Combination(weights=torch.ones(len(losses), dtype=torch.float64))
+        if not plain:
+            combination = method.combine(TaskGradients(names=names, losses=known, space="none"))
+        assert combination.weights is not None, "a weighting of losses gives weights"
+        found, own = weighted_backward(
+            losses,
+            parts,
+            combination.weights,
+            plain_heads=heads == "own" and not plain,
+            retain_graph=retain_graph,
+        )
+        everything = [*found, *(pair for task in own for pair in task)]
+        host = numbers(to_host([*losses, *largest_entries(gradient for _, gradient in everything)]))
+        values, largest = host[: len(losses)], host[len(losses) :]
+        check_losses(names, values)
+        check_own(names, own, largest[len(found) :])
+        check_weighted(names, largest[: len(found)])
+        if combination.accepted:
+            accumulate(everything)
+    notes = combination.notes
+    if not any(parts.reached):
+        notes = (*notes, NO_SHARED if plain or heads == "own" else NO_SHARED_WEIGHTED)
     return StepRecord(
         names=names,
-        losses=tuple(numbers.tolist()),
+        losses=tuple(values.tolist()),
         weights=tuple(combination.weights.tolist()),
         status=combination.status,
-        notes=combination.notes,
+        notes=notes,
     )
 
 
-def _take(
-    names: tuple[str, ...],
-    losses: list[torch.Tensor],
-    features: Features,
-    shared: Parameters | None,
-    task_specific: Parameters | Mapping[str, Any] | None,
-    solve_on: Parameters | None,
-    memory: MemoryMode,
-    retain_graph: bool,
-    workspace: Memory,
-) -> Pass | None:
-    if features is not None:
-        tensors = as_tensors(features, "features")
-        roles = assign_roles(
-            names,
-            losses,
-            tensors,
-            workspace,
-            shared=None if shared is None else as_tensors(shared, "shared"),
-            task_specific=None if task_specific is None else as_tensors(task_specific, "task_specific"),
-        )
-        return features_pass(losses, tensors, roles, workspace, retain_graph=retain_graph)
-    parts = _partition(losses, workspace, shared, task_specific)
-    if not any(parts.reached):
-        return None
-    if solve_on is not None:
-        layer = as_tensors(solve_on, "solve_on")
-        return layer_pass(losses, parts, layer, workspace, retain_graph=retain_graph)
-    return exact_pass(losses, parts, workspace, retain_graph=retain_graph, batched=memory == "batched")
-
-
-def _partition(
-    losses: list[torch.Tensor],
-    workspace: Memory,
-    shared: Parameters | None,
-    task_specific: Parameters | Mapping[str, Any] | None,
-) -> Any:
-    return partition(
-        losses,
-        workspace,
-        shared=None if shared is None else as_tensors(shared, "shared"),
-        task_specific=None if task_specific is None else as_tensors(task_specific, "task_specific"),
-    )
-
-
-def _measure(names: tuple[str, ...], graph: Pass) -> Taken:
-    """Gramian, losses and a check of every gradient, in one copy to the host."""
-    assert graph.jacobian is not None
-    tasks = len(names)
-    largest = [largest_entries(gradient for _, gradient in task) for task in graph.own]
-    host = to_host([*graph.losses, gramian(graph.jacobian), *(entry for task in largest for entry in task)])
-    numbers = np.array([float(entry) for entry in host[:tasks]])
-    matrix, rest = host[tasks], iter(host[tasks + 1 :])
-    _check_losses(names, numbers)
-    _check_gradients(names, matrix, graph.space)
-    for name, entries in zip(names, largest, strict=True):
-        if not all(np.isfinite(next(rest)) for _ in entries):
-            raise ValueError(_not_finite(name, "the gradient of its own parameters"))
-    return Taken(
-        TaskGradients(
-            names=names,
-            losses=numbers,
-            gramian=matrix,
-            jacobian=graph.jacobian,
-            activations=graph.activations,
-            space=graph.space,
-        ),
-        graph,
-    )
+@contextmanager
+def _undone_on_failure(method: Method, info: MethodInfo) -> Iterator[None]:
+    """Whatever fails inside, the method knows afterwards what it knew before."""
+    inner = [module for module in method.modules() if isinstance(module, Method)]
+    before = [(module.tasks, dict(module._buffers)) for module in inner]
+    state = deepcopy(method.state_dict()) if info.stateful else None
+    try:
+        yield
+    except Exception:
+        for module, (tasks, buffers) in zip(inner, before, strict=True):
+            module.tasks = tasks
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        if state is not None:
+            method.load_state_dict(state)
+        raise
 
 
 def _length_factor(direction: torch.Tensor, gradients: TaskGradients, scale: Scale) -> torch.Tensor:
@@ -433,101 +426,21 @@ def _record(gradients: TaskGradients, combination: Combination) -> StepRecord:
     )
 
 
-def _named_losses(losses: Losses) -> tuple[tuple[str, ...], list[torch.Tensor]]:
-    if isinstance(losses, torch.Tensor):
-        raise ValueError(
-            "losses is one tensor; give the separate scalars, as a mapping from task name to loss or a list. "
-            "(A backward through a stacked tensor walks the heads of all tasks.)"
-        )
-    values = _values(losses)
-    if not values:
-        raise ValueError("losses is empty; give at least one loss.")
-    names = tuple(str(name) for name in losses) if isinstance(losses, Mapping) else positional(len(values))
-    scalars = []
-    for name, loss in zip(names, values, strict=True):
-        if not isinstance(loss, torch.Tensor):
-            raise TypeError(f"the loss of task {name!r} is a {type(loss).__name__}, not a tensor.")
-        scalars.append(_scalar(name, loss))
-        if not loss.requires_grad:
-            raise ValueError(
-                f"the loss of task {name!r} has no graph; it was detached, computed under torch.no_grad(), or "
-                "depends on no parameter that requires a gradient. Leave the task out of this step, or multiply "
-                "its prediction by zero to keep the connection."
-            )
-    return names, scalars
-
-
-def _values(losses: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
-    return list(losses.values()) if isinstance(losses, Mapping) else list(losses)
-
-
-def _scalar(name: str, loss: Any) -> torch.Tensor:
-    loss = torch.as_tensor(loss)
-    if loss.numel() != 1:
-        raise ValueError(f"the loss of task {name!r} has shape {tuple(loss.shape)}; reduce it to a scalar.")
-    return loss
-
-
-def _check_call(method: Any, heads: Any, scale: Any, memory: Any, features: Any, solve_on: Any) -> None:
+def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
     if not isinstance(method, Method):
-        hint = f" Create it once, outside the loop: detente.create({method!r})." if isinstance(method, str) else ""
+        hint = (
+            f" Create it once, outside the loop: detente.create({method!r})."
+            if isinstance(method, str)
+            else ""
+        )
         raise TypeError(f"method is a {type(method).__name__}, not a detente method.{hint}")
     if heads is not None:
         one_of("heads", heads, ("own", "weighted"))
     one_of("scale", scale, ("native", "sum", "mean", "unit"))
     one_of("memory", memory, ("fast", "batched"))
-    if features is not None and solve_on is not None:
-        raise ValueError("give features= or solve_on=, not both: each names where the problem is solved.")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "this version does not reduce task gradients over processes, and training on would let the ranks "
-                "drift apart. Run on one process."
-            )
-
-
-def _not_finite(name: str, what: str) -> str:
-    return (
-        f"{what} of task {name!r} is not finite (NaN or Inf). Nothing was changed. Look for a division by zero, a "
-        "logarithm of zero, or a learning rate too high for this task."
-    )
-
-
-def _check_losses(names: Sequence[str], losses: np.ndarray | None) -> None:
-    if losses is None:
-        return
-    for name, loss in zip(names, losses, strict=True):
-        if not np.isfinite(loss):
-            raise ValueError(_not_finite(name, "the loss"))
-
-
-def _check_gradients(names: Sequence[str], matrix: np.ndarray, space: str = "exact") -> None:
-    what = "the gradient with respect to the features" if space == "features" else "the shared gradient"
-    for name, square in zip(names, np.diagonal(matrix), strict=True):
-        if not np.isfinite(square):
-            raise ValueError(_not_finite(name, what))
-
-
-def _check_behind(names: Sequence[str], gradients: Gradients) -> None:
-    largest = largest_entries(gradient for _, gradient in gradients)
-    if largest and not np.isfinite(to_host([torch.stack(largest).max()])[0]):
-        raise ValueError(
-            f"the gradients of tasks {', '.join(names)} are finite where the problem was solved and not finite "
-            "(NaN or Inf) behind it, in the shared parameters. Nothing was changed."
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "this version does not reduce task gradients over processes, and training on would let the ranks "
+            "drift apart. Run on one process."
         )
-
-
-def _check_plain(
-    names: Sequence[str], shared: Gradients, own: Sequence[Gradients], largest: np.ndarray
-) -> None:
-    if np.isfinite(largest).all():
-        return
-    offset = len(shared)
-    for name, task in zip(names, own, strict=True):
-        if not np.isfinite(largest[offset : offset + len(task)]).all():
-            raise ValueError(_not_finite(name, "the gradient"))
-        offset += len(task)
-    raise ValueError(
-        f"the gradient of the weighted losses of tasks {', '.join(names)} is not finite (NaN or Inf) in the shared "
-        "parameters. Nothing was changed. Pass measure=True for one step to learn which task it comes from."
-    )

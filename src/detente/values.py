@@ -238,6 +238,7 @@ class MethodInfo:
         permutation: ``exact`` if permuting the tasks permutes the weights, ``distribution`` if in distribution.
         heads: what own parameters take unless the caller says otherwise: ``own``, the plain gradient of their loss,
             or ``weighted`` by the task's weight, as every weighting of the losses does by its formula.
+        gives: ``weights`` of the tasks; weights that differ between ``blocks`` of parameters; or only a ``direction``.
 
     The laws are declared for the default options.
 
@@ -261,6 +262,7 @@ class MethodInfo:
     simplex: bool = False
     permutation: Literal["exact", "distribution"] | None = None
     heads: Literal["own", "weighted"] = "own"
+    gives: Literal["weights", "blocks", "direction"] = "weights"
 
     @property
     def takes_gradients(self) -> bool:

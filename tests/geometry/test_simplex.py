@@ -392,6 +392,8 @@ def test_each_solver_agrees_with_the_slow_one(tasks: int) -> None:
                     kind,
                     name,
                 )
+                continue
+            assert name == "fast" or not kind.startswith(("more tasks", "rank", "near duplicates in")), kind
     assert min(solved.values()) >= 4 * 8  # both do settle: at least eight kinds each
 
 
@@ -404,84 +406,72 @@ def test_slow_solver_alone_keeps_the_promise(monkeypatch: pytest.MonkeyPatch) ->
             assert simplex_residual(gramian, minimum_norm_point(gramian)) <= 1e-11, kind
 
 
-# ----------------------------------------------------------------------------------------------- Frank-Wolfe
+def test_ties_are_settled_after_the_slow_solver_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = simplex._pivot_dependent, []
+
+    def fails_first(cosines: np.ndarray, limits: np.ndarray) -> np.ndarray | None:
+        calls.append(len(limits))
+        return None if len(calls) % 2 else original(cosines, limits)
+
+    monkeypatch.setattr(simplex, "_pivot_dependent", fails_first)
+    line = np.array([[1.0], [-1.0], [2.0], [-2.0]])
+    np.testing.assert_allclose(minimum_norm_point(gram(line)), [0.4, 0.4, 0.1, 0.1], rtol=1e-12)
+    face = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, -1.0], [2.0, 0.0]])
+    np.testing.assert_allclose(minimum_norm_point(gram(face)), [0.5, 0.25, 0.25, 0], rtol=1e-12, atol=1e-15)
+    assert calls == [4, 4, 4, 3]  # the second time only the tasks on the face
 
 
-@pytest.mark.parametrize(
-    "kind", ["gaussian", "correlated", "norm ratio 1e6", "zero in the hull", "small integers"]
-)
-def test_frank_wolfe_approaches_the_exact_solution_at_the_proven_rate(kind: str) -> None:
-    for seed in range(5):
-        gramian = gram(draw(kind, 8, seed))
-        exact = minimum_norm_point(gramian)
-        diagonal = np.diagonal(gramian)
-        diameter = (diagonal[:, None] + diagonal - 2 * gramian).max()
-        for steps in (1, 10, 100, 3000):
-            weights = frank_wolfe(gramian, max_iterations=steps, tolerance=0.0)
-            assert_on_simplex(weights)
-            excess = weights @ gramian @ weights - exact @ gramian @ exact
-            assert -1e-12 * diameter <= excess <= 2 * diameter / (steps + 2)
+def test_independent_gradients_never_need_the_slow_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(simplex, "_solve_dependent")
+    for kind in ("gaussian", "correlated", "square", "norm ratio 1e6", "correlated, norm ratio 1e6"):
+        for tasks in (3, 8, 40):
+            stack = np.stack([gram(draw(kind, tasks, seed)) for seed in range(6)])
+            batch = minimum_norm_point(stack)
+            looped = np.stack([minimum_norm_point(gramian) for gramian in stack])
+            np.testing.assert_allclose(batch, looped, rtol=1e-9, atol=1e-15)
 
 
-def test_frank_wolfe_first_step_by_hand() -> None:
-    # d = (1/3, 2/3, 1); inner products 1/3, 4/3, 3; the exact step towards task 0 minimises (1 + 2γ)² + 13 (1 − γ)².
-    gramian = np.diag([1.0, 4.0, 9.0])
-    step = 11 / 17
-    expected = np.full(3, (1 - step) / 3) + np.array([step, 0, 0])
-    np.testing.assert_allclose(frank_wolfe(gramian, max_iterations=1), expected, rtol=1e-14)
-    np.testing.assert_array_equal(frank_wolfe(gramian, max_iterations=0), np.full(3, 1 / 3))
+def test_slow_solver_never_goes_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def to_the_corner(
+        cosines: np.ndarray, limits: np.ndarray, scaled: np.ndarray, entering: int
+    ) -> np.ndarray:
+        corner = np.zeros_like(scaled)
+        corner[entering] = 1 / limits[entering]
+        return corner
+
+    monkeypatch.setattr(simplex, "_descend", to_the_corner)
+    limits = 1 / np.array([2.0, 1.0, 3.0])
+    np.testing.assert_array_equal(simplex._wolfe(np.eye(3), limits), [0, 1, 0])
 
 
-def test_frank_wolfe_reaches_vertices_and_two_tasks_exactly() -> None:
-    assert frank_wolfe([[1.0, 2.0], [2.0, 9.0]]).tolist() == [1.0, 0.0]
-    np.testing.assert_allclose(frank_wolfe([[1.0, -1.0], [-1.0, 4.0]]), [5 / 7, 2 / 7], rtol=1e-14)
-    assert frank_wolfe(np.ones((3, 3))).tolist() == pytest.approx([1 / 3] * 3)
-    assert frank_wolfe(np.diag([1.0, 0.0, 2.0])).tolist() == [0.0, 1.0, 0.0]
-
-
-def test_frank_wolfe_stops_by_its_tolerance() -> None:
-    gramian = gram(draw("correlated", 8, 0))
-    coarse, fine = (
-        frank_wolfe(gramian, tolerance=0.1),
-        frank_wolfe(gramian, max_iterations=5000, tolerance=1e-9),
-    )
-    assert simplex_residual(gramian, fine) < simplex_residual(gramian, coarse)
-
-
-# -------------------------------------------------------------------------------------------------- residual
-
-
-def test_residual_by_hand() -> None:
-    # d = (1/2, 1): μ = 5/4, products (1/2, 2); task 0 falls short by 3/4 of 1/2 + 5/4.
-    assert simplex_residual([[1.0, 0.0], [0.0, 4.0]], [0.5, 0.5]) == pytest.approx(0.75 / 1.75)
-    assert simplex_residual(np.zeros((2, 2)), [0.3, 0.7]) == 0
-    assert simplex_residual(np.eye(2), [0.4, 0.4]) == pytest.approx(0.2)
-    assert simplex_residual(np.eye(2), [1.25, -0.25]) >= 0.25
-    # All weight on one of two opposite gradients, while zero is in the hull: as wrong as can be.
-    assert simplex_residual([[1.0, -1.0], [-1.0, 1.0]], [1.0, 0.0]) == pytest.approx(1.0)
-
-
-def test_residual_sees_a_task_a_million_times_shorter() -> None:
-    gramian = np.diag([1.0, 1e-12])
-    right = np.array([1e-12, 1.0]) / (1 + 1e-12)
-    assert simplex_residual(gramian, right) <= 1e-15
-    assert simplex_residual(gramian, [0.0, 1.0]) == pytest.approx(
-        1.0
-    )  # the long task is wrong by 1e-12 in weight
-    # Twice the right weight for the long task: its share of the terms is 2e-6, and all of it is wrong.
-    assert simplex_residual(gramian, [2e-12, 1 - 2e-12]) == pytest.approx(2e-6, rel=1e-5)
-
-
-@given(scale=st.integers(-24, 24), seed=st.integers(0, 1000))
-def test_residual_is_free_of_scale(scale: int, seed: int) -> None:
+@given(seed=st.integers(0, 10**6), tasks=st.integers(2, 6))
+def test_solvers_check_themselves_by_the_public_residual(seed: int, tasks: int) -> None:
     rng = np.random.default_rng(seed)
-    gramian, weights = gram(rng.standard_normal((4, 6))), rng.dirichlet(np.ones(4))
-    assert simplex_residual(gramian * 10.0**scale, weights) == pytest.approx(
-        simplex_residual(gramian, weights), rel=1e-9
+    gramian = gram(rng.standard_normal((tasks, 4)) * 10.0 ** rng.uniform(-3, 0, (tasks, 1)))
+    weights = rng.dirichlet(np.ones(tasks)) * (rng.random(tasks) < 0.7)
+    weights = weights / weights.sum() if weights.sum() else np.full(tasks, 1 / tasks)
+    norms, cosines = unit_rows(gramian)
+    limits = norms.min() / norms
+    inside = simplex._residual(cosines, limits, weights / limits)
+    assert max(inside, 0) == pytest.approx(simplex_residual(gramian, weights), abs=1e-12)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_wrong_linear_solution_is_noticed(monkeypatch: pytest.MonkeyPatch, batch: bool) -> None:
+    gramian = gram(draw("gaussian", 8, 0))
+    expected, solve = minimum_norm_point(gramian), np.linalg.solve
+    monkeypatch.setattr(np.linalg, "solve", lambda a, b: solve(a, b) * (1 + 1e-6 * np.arange(8)[:, None]))
+    found = minimum_norm_point(np.stack([gramian, gramian]))[1] if batch else minimum_norm_point(gramian)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_wrong_settling_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gramian = gram(draw("more tasks than dimensions, far", 8, 0))
+    expected = minimum_norm_point(gramian)
+    monkeypatch.setattr(
+        simplex, "_pivot_dependent", lambda cosines, limits: np.ones_like(limits) / limits.sum()
     )
-    batch = simplex_residual(np.stack([gramian, gramian]), np.stack([weights, minimum_norm_point(gramian)]))
-    assert batch[0] == pytest.approx(simplex_residual(gramian, weights))
-    assert batch[1] <= 1e-13
+    np.testing.assert_allclose(minimum_norm_point(gramian), expected, rtol=1e-10, atol=1e-14)
 
 
 # ------------------------------------------------------------------------------------------------- bad input

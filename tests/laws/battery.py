@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import torch
-
 from laws.given import Case, case
 
 Matrix = np.ndarray

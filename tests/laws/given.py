@@ -17,6 +17,10 @@ from detente.step import with_direction
 
 KNOWN_NEEDS = {"losses", "gramian", "jacobian", "blocks", "activations", "after_step", "epoch"}
 SPACES = ("exact", "features", "layer")
+DECLARED = (
+    *("needs", "spaces", "stateful", "native_scale"),
+    *("homogeneity", "nonconflict", "stationary", "simplex", "permutation"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def subject(
 ) -> Subject:
     """Everything the laws need to know; the preference's option is found by its annotation unless it is named."""
     if preference is None:
-        preference = next(iter(per_task_options(type(factory()))), None)
+        preference = next((name for name in per_task_options(type(factory())) if name in info.options), None)
     return Subject(label or info.name, factory, info, preference)
 
 
@@ -80,15 +84,22 @@ def registered() -> list[Subject]:
 
 
 def variants(one: Subject) -> Iterator[Subject]:
-    """The same method with one option changed to each declared choice and search value; no law is declared then."""
+    """The same method with one option changed to each declared choice and search value.
+
+    Laws are declared for the defaults: none holds then, unless the instance declares anew what its options change.
+    """
     undeclared = replace(one.info, homogeneity=None, nonconflict=False, stationary=None, simplex=False)
     undeclared = replace(undeclared, permutation=None, native_scale="own")
     for name, option in one.info.options.items():
         for value in dict.fromkeys((*option.choices, *option.search)):
-            if value != option.default and name != one.preference:
-                yield replace(
-                    one, label=f"{one.label}({name}={value})", info=undeclared, options={**one.options, name: value}
-                )
+            if value == option.default or name == one.preference:
+                continue
+            options = {**one.options, name: value}
+            method = one.factory(**options)
+            anew = method.declares is not type(method).declares
+            known = {field: getattr(method.declares, field) for field in DECLARED} if anew else {}
+            info = replace(one.info, **known) if anew else undeclared
+            yield replace(one, label=f"{one.label}({name}={value})", info=info, options=options)
 
 
 # ---- task gradients
@@ -125,7 +136,9 @@ class Case:
 NAMES = ("seg", "depth", "normals", "edges", "parts", "keys", "boxes", "flow")
 
 
-def case(jacobian: torch.Tensor, *, seed: int = 0, losses: Any = None, label: str = "", names: Any = None) -> Case:
+def case(
+    jacobian: torch.Tensor, *, seed: int = 0, losses: Any = None, label: str = "", names: Any = None
+) -> Case:
     """A case around a matrix; losses drawn between 0.2 and 2 unless given."""
     tasks, columns = jacobian.shape
     random = np.random.default_rng([seed, tasks, columns])
@@ -161,7 +174,9 @@ def given(
     """The task gradients of a step: what the method declares (or everything), except one thing left out on purpose."""
     needs = one.info.needs
     unknown = {need for need in needs if need not in KNOWN_NEEDS and not need.startswith("batches:")}
-    assert not unknown, f"{one.label} declares needs {unknown}, which tests/laws/given.py does not know how to meet"
+    assert not unknown, (
+        f"{one.label} declares needs {unknown}, which tests/laws/given.py does not know how to meet"
+    )
     space = space or one.space
     # An option may look at the losses that the default leaves alone; the engine always has them.
     everything = everything or bool(one.options)
@@ -178,7 +193,9 @@ def given(
     further: tuple[detente.TaskGradients, ...] = ()
     if "extra" in wanted:
         # Scaled copies of this batch are other gradients with the same symmetries, hulls and ranks.
-        plain = replace(one, info=replace(one.info, needs=frozenset(n for n in needs if not n.startswith("batches"))))
+        plain = replace(
+            one, info=replace(one.info, needs=frozenset(n for n in needs if not n.startswith("batches")))
+        )
         others = [now.scaled(1 + batch / 8) for batch in range(1, one.batches)]
         further = tuple(given(plain, other, space=space, everything=everything) for other in others)
     return detente.TaskGradients(
@@ -205,22 +222,28 @@ def step(one: Subject, method: detente.Method, now: Case, **how: Any) -> detente
 def filled(
     combination: detente.Combination, gradients: detente.TaskGradients, now: Case
 ) -> detente.Combination:
-    """The combination with its direction; the engine's own function does it."""
+    """The combination with its direction: the engine's own function, except where weights differ between blocks."""
+    if combination.block_weights is not None and combination.status != "stationary":
+        columns = now.jacobian.to(torch.float64).split(gradients.block_sizes, dim=1)
+        parts = [w @ block for w, block in zip(combination.block_weights, columns, strict=True)]
+        return replace(combination, direction=torch.cat(parts).to(now.jacobian.dtype))
     takes_gradients = "gradients" in inspect.signature(with_direction).parameters
     second: Any = replace(gradients, jacobian=now.jacobian) if takes_gradients else now.jacobian
     return with_direction(combination, second)
 
 
 def after(one: Subject, method: detente.Method, now: Case, count: int) -> None:
-    """The hooks a training loop calls after step number `count` (from 1): the same batch's new losses, an epoch's end."""
+    """The hooks a training loop calls after step number `count` (from 1): new losses, an epoch's end."""
     if "after_step" in one.info.needs:
-        shrunk = now.losses * np.linspace(0.8, 0.99, now.tasks)
+        shrunk = now.losses * (0.9 + 0.09 * np.cos(20 * now.losses))  # by task, whatever its position
         method.after_step({name: torch.tensor(loss) for name, loss in zip(now.names, shrunk, strict=True)})
     if "epoch" in one.info.needs and count % 2 == 0:
         method.end_epoch()
 
 
-def run(one: Subject, method: detente.Method, cases: Sequence[Case], *, start: int = 0) -> list[detente.Combination]:
+def run(
+    one: Subject, method: detente.Method, cases: Sequence[Case], *, start: int = 0
+) -> list[detente.Combination]:
     """Steps with their hooks; `start` steps went before."""
     outcomes = []
     for count, now in enumerate(cases, start=start + 1):

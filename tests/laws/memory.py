@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from laws.given import Case, Subject, after, drawn, filled, given, length, reach, run, same_bits, state, step
 
 import detente
-from laws.given import Case, Subject, after, drawn, filled, given, length, reach, run, same_bits, state, step
 
 NAMES = drawn(4, 6, 0).names
 
@@ -31,7 +31,9 @@ def law_no_parameters(one: Subject) -> None:
     run(one, method, _story())
     assert not list(method.parameters()), f"{one.label} has trainable parameters"
     for name, buffer in method.named_buffers():
-        assert not buffer.requires_grad and buffer.grad_fn is None, f"{one.label}: buffer {name} carries a graph"
+        assert not buffer.requires_grad and buffer.grad_fn is None, (
+            f"{one.label}: buffer {name} carries a graph"
+        )
     assert not any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in method.state_dict().values()
     )
@@ -40,14 +42,15 @@ def law_no_parameters(one: Subject) -> None:
 def law_stateful_as_declared(one: Subject) -> None:
     """Without state, what went before does not show; with it, it does."""
     fresh, used = one.make(), one.make()
-    run(one, used, [drawn(4, 6, seed, torch.float32) for seed in range(6)])
+    run(one, used, [drawn(4, 6, seed, torch.float32) for seed in range(12)])  # six epochs, past any warm-up
     probe = drawn(4, 6, 40, torch.float32)
     same = same_bits(step(one, fresh, probe), step(one, used, probe))
     if one.info.stateful:
-        assert not same, f"{one.label} declares stateful=True, and six steps before changed nothing"
+        assert not same, f"{one.label} declares stateful=True, and twelve steps before changed nothing"
     else:
         assert same, f"{one.label} declares stateful=False, and what went before shows"
-        assert list(used.state_dict()) == ["_extra_state"], f"{one.label} declares stateful=False and has buffers"
+        kept = {key.rpartition(".")[2] for key in used.state_dict()}
+        assert kept == {"_extra_state"}, f"{one.label} declares stateful=False and has buffers"
 
 
 def _by_state_dict(one: Subject, method: detente.Method) -> detente.Method:
@@ -86,7 +89,11 @@ def law_save_and_load(one: Subject) -> None:
     """A run that is saved and loaded into a fresh method goes on as if it had not been interrupted, bit for bit."""
     story = _story()
     uninterrupted = run(one, one.make(), story)
-    ways: list[Callable[[Subject, detente.Method], detente.Method]] = [_by_state_dict, _by_file, _into_a_used_one]
+    ways: list[Callable[[Subject, detente.Method], detente.Method]] = [
+        _by_state_dict,
+        _by_file,
+        _into_a_used_one,
+    ]
     if _importable(one.make()):
         ways.append(_by_pickle)
     ways.append(_by_deepcopy)
@@ -105,9 +112,11 @@ def law_save_and_load(one: Subject) -> None:
     fresh = one.make()
     fresh.load_state_dict(copy.deepcopy(before.state_dict()), strict=True)
     assert same_bits(run(one, fresh, story), uninterrupted), f"{one.label}: saved before the first step"
-    if list(method.named_buffers()):
+    sized = one.make()
+    sized.bind(NAMES)
+    for name, _ in sized.named_buffers():
         cut = copy.deepcopy(method.state_dict())
-        cut.pop(next(name for name, _ in method.named_buffers()))
+        cut.pop(name)
         with pytest.raises(RuntimeError, match="Missing key"):
             one.make().load_state_dict(cut, strict=True)
 
@@ -125,7 +134,9 @@ def law_memory_belongs_to_its_owner(one: Subject) -> None:
         lent = replace(now, jacobian=now.jacobian.clone(), activations=now.activations.clone())
         gradients = given(one, lent)
         outcome = filled(method.combine(gradients), gradients, lent)
-        assert same_bits(outcome, wanted), f"{one.label} holds on to memory that is not its own (step {count})"
+        assert same_bits(outcome, wanted), (
+            f"{one.label} holds on to memory that is not its own (step {count})"
+        )
         after(one, method, now, count)
         _overwrite(gradients)
         lent.jacobian.fill_(torch.nan)
@@ -144,13 +155,13 @@ def _overwrite(gradients: detente.TaskGradients) -> None:
 
 
 def law_absent_tasks_keep_their_state(one: Subject) -> None:
-    """A step without some tasks stays finite and leaves their rows of every buffer as they were."""
+    """Steps, or an epoch, without some tasks stay finite and leave their rows of every buffer as they were."""
     method = one.make()
-    run(one, method, [drawn(4, 6, seed) for seed in range(3)])
+    run(one, method, [drawn(4, 6, seed) for seed in range(4)])
     rows = [row for row, name in enumerate(NAMES) if name not in (NAMES[1], NAMES[3])]
     before = _rows(method, rows)
     present = drawn(4, 6, 9).only([NAMES[3], NAMES[1]])
-    outcomes = run(one, method, [present], start=3)
+    outcomes = run(one, method, [present, present], start=4)
     assert method.tasks == NAMES, f"{one.label} forgot absent tasks"
     assert same_bits(_rows(method, rows), before), f"{one.label} changed the state of absent tasks"
     direction = outcomes[0].direction
@@ -168,7 +179,7 @@ def _rows(method: detente.Method, rows: Sequence[int]) -> dict[str, torch.Tensor
     count = len(method.tasks)
     per_task = {name: b for name, b in method.named_buffers() if b.dim() > 0 and len(b) == count}
     return {
-        name: b[rows][:, rows].clone() if b.dim() == 2 and b.shape[1] == count else b[rows].clone()
+        name: b[rows][:, rows].clone() if b.dim() > 1 and b.shape[1] == count else b[rows].clone()
         for name, b in per_task.items()
     }
 

@@ -7,13 +7,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from laws.given import SPACES, Case, Subject, case, drawn, given, run, same_bits, state, step
 
 import detente
-from laws.given import SPACES, Subject, case, drawn, given, run, same_bits, state
 
 REJECTS = (ValueError, TypeError)
+
+# A word of the message by which a reader learns what is missing.
+SAID = {
+    "losses": "losses",
+    "gramian": "Gramian",
+    "jacobian": "gradients",
+    "blocks": "block",
+    "activations": "representation",
+}
 
 
 def law_bad_options(one: Subject) -> None:
@@ -26,7 +36,9 @@ def law_bad_options(one: Subject) -> None:
         bad: list[Any] = []
         if option.choices:
             bad += ["no such choice", *([None] if None not in option.choices else [])]
-        numbers = [v for v in (option.default, *option.search) if isinstance(v, (int, float)) and v is not True]
+        numbers = [
+            v for v in (option.default, *option.search) if isinstance(v, (int, float)) and v is not True
+        ]
         if numbers and not option.choices:
             bad += [math.nan, "no number", [1.0, 2.0]]
         for value in bad:
@@ -40,7 +52,13 @@ def law_bad_preference(one: Subject) -> None:
     """Negative, zero, not finite, of the wrong length, for a task that does not exist."""
     option = one.preference
     assert option is not None
-    for values in ([1.0, -0.1, 1.0], [0.0, 0.0, 0.0], [1.0, math.nan, 1.0], [1.0, math.inf, 1.0], {"seg": -1.0}):
+    for values in (
+        [1.0, -0.1, 1.0],
+        [0.0, 0.0, 0.0],
+        [1.0, math.nan, 1.0],
+        [1.0, math.inf, 1.0],
+        {"seg": -1.0},
+    ):
         with pytest.raises(ValueError, match=option):
             one.make(**{option: values})
     for values in ("abc", [1.0, "x"], 0.5):
@@ -87,14 +105,16 @@ def law_bad_calls_change_nothing(one: Subject) -> None:
         _rejected(one, make(), lambda m, now=twice: m.combine(given(one, now)), match="twice")
         empty = detente.TaskGradients(names=(), **_nothing(one))
         _rejected(one, make(), lambda m, gradients=empty: m.combine(gradients))
+        for loss in (0.0, -1.0):
+            _rejected_or_finite(one, make(), replace(good[0], names=names, losses=np.array([1.0, loss, 1.0])))
         for space in set(SPACES) - one.info.spaces:
             gradients = replace(given(one, good[0]), space=space, names=names)
             _rejected(one, make(), lambda m, g=gradients: m.combine(g), match=space)
-        for need in one.info.needs & {"losses", "gramian", "jacobian", "blocks", "activations"}:
+        for need in make().needs_now() & set(SAID):
             gradients = replace(given(one, good[0], everything=True, without=need), names=names)
             if need == "activations" and gradients.space != "features":
                 continue
-            _rejected(one, make(), lambda m, g=gradients: m.combine(g), match=one.info.name)
+            _rejected(one, make(), lambda m, g=gradients: m.combine(g), match=SAID[need])
     more = case(drawn(4, 5, 8).jacobian, names=("0", "1", "2", "3"))
     fewer = case(drawn(2, 5, 8).jacobian, names=("0", "1"))
     method = one.make()
@@ -112,7 +132,11 @@ def _nothing(one: Subject) -> dict[str, Any]:
     gradients = given(one, drawn(2, 4, 0), everything=True)
     fields = {"losses": gradients.losses, "gramian": gradients.gramian, "jacobian": gradients.jacobian}
     shapes = {"losses": (0,), "gramian": (0, 0), "jacobian": (0, 4)}
-    empty = {name: value.reshape(-1)[:0].reshape(shapes[name]) for name, value in fields.items() if value is not None}
+    empty = {
+        name: value.reshape(-1)[:0].reshape(shapes[name])
+        for name, value in fields.items()
+        if value is not None
+    }
     blocks = gradients.block_gramians
     if blocks is not None:
         empty["block_gramians"] = blocks[:, :0, :0]
@@ -127,6 +151,21 @@ def _rejected(
         call(method)
     assert method.tasks == tasks, f"{one.label}: a rejected call changed the tasks"
     assert same_bits(state(method), before), f"{one.label}: a rejected call changed the state"
+
+
+def _rejected_or_finite(one: Subject, method: detente.Method, now: Case) -> None:
+    """Losses that some formulas cannot take: the outcome is finite, or the task is named and nothing changed."""
+    before = state(method)
+    try:
+        outcome = step(one, method, now)
+    except ValueError as rejected:
+        named = repr(now.names[1]) in str(rejected)
+        assert named, f"{one.label}: the message does not name the task"
+        assert same_bits(state(method), before), f"{one.label}: a rejected loss changed the state"
+    else:
+        assert outcome.direction is not None and outcome.direction.isfinite().all(), (
+            f"{one.label}: loss {now.losses}"
+        )
 
 
 def law_bad_losses_in_after_step(one: Subject) -> None:

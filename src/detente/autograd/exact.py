@@ -25,6 +25,7 @@ class Pass:
         jacobian: [T, P] or None if none were taken.
         own: for each task the gradients of its own parameters, not weighted.
         activations: [P] the flattened representation, if the space is ``features``.
+        columns: the parameters in the order of the Jacobian's columns; empty if the space is ``features``.
     """
 
     losses: Sequence[torch.Tensor]
@@ -32,6 +33,7 @@ class Pass:
     jacobian: torch.Tensor | None = None
     own: list[Gradients] = field(default_factory=list)
     activations: torch.Tensor | None = None
+    columns: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
         """Gradients of the shared parameters, for a direction [P] in this pass's space.
@@ -43,19 +45,27 @@ class Pass:
 
 @dataclass
 class ExactPass(Pass):
-    """Task gradients with respect to all shared parameters."""
+    """Task gradients with respect to all shared parameters.
 
-    partition: Partition = field(kw_only=True)
+    Attributes:
+        touched: those that some loss has a gradient for; the others keep their ``.grad``.
+    """
+
+    touched: set[torch.Tensor] = field(kw_only=True)
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
-        """The direction, cut into the shapes of the parameters that some loss reaches."""
-        pieces = Layout(self.partition.shared).split(direction)
-        reached = zip(self.partition.shared, self.partition.reached, pieces, strict=True)
-        return [(tensor, piece) for tensor, mask, piece in reached if mask]
+        """The direction, cut into the shapes of the parameters."""
+        pieces = zip(self.columns, Layout(self.columns).split(direction), strict=True)
+        return [(tensor, piece) for tensor, piece in pieces if tensor in self.touched]
 
 
 def exact_pass(
-    losses: Sequence[torch.Tensor], partition: Partition, memory: Memory, *, retain_graph: bool, batched: bool = False
+    losses: Sequence[torch.Tensor],
+    partition: Partition,
+    memory: Memory,
+    *,
+    retain_graph: bool,
+    batched: bool = False,
 ) -> ExactPass:
     """Take the gradients of T losses with respect to ``partition.shared`` [T, P] and to each task's own parameters.
 
@@ -70,43 +80,63 @@ def exact_pass(
     layout = Layout(partition.shared)
     jacobian = memory.buffer(len(losses), layout.columns, layout.like)
     if batched:
-        own = _batched(losses, partition, layout, jacobian, retain_graph)
-        return ExactPass(losses, "exact", jacobian, own, partition=partition)
-    own = []
+        own, touched = _batched(losses, partition, layout, jacobian, retain_graph)
+        return ExactPass(losses, "exact", jacobian, own, columns=partition.shared, touched=touched)
+    own, touched = [], set()
     last = len(losses) - 1
     for task, loss in enumerate(losses):
-        wanted = [tensor for tensor, mask in zip(partition.shared, partition.reached, strict=True) if mask >> task & 1]
+        wanted = [
+            tensor
+            for tensor, mask in zip(partition.shared, partition.reached, strict=True)
+            if mask >> task & 1
+        ]
         mine = partition.own[task]
         found = gradients_of([loss], [*wanted, *mine], None, retain_graph=retain_graph or task < last)
-        by_tensor = dict(zip(wanted, found[: len(wanted)], strict=True))
+        by_tensor = dict(present(wanted, found[: len(wanted)]))
+        touched |= by_tensor.keys()
         layout.write(jacobian[task], [by_tensor.get(tensor) for tensor in partition.shared])
         own.append(present(mine, found[len(wanted) :]))
-    return ExactPass(losses, "exact", jacobian, own, partition=partition)
+    return ExactPass(losses, "exact", jacobian, own, columns=partition.shared, touched=touched)
 
 
 def _batched(
-    losses: Sequence[torch.Tensor], partition: Partition, layout: Layout, jacobian: torch.Tensor, retain_graph: bool
-) -> list[Gradients]:
+    losses: Sequence[torch.Tensor],
+    partition: Partition,
+    layout: Layout,
+    jacobian: torch.Tensor,
+    retain_graph: bool,
+) -> tuple[list[Gradients], set[torch.Tensor]]:
     mine = [tensor for tensors in partition.own for tensor in tensors]
     shared = [tensor for tensor, mask in zip(partition.shared, partition.reached, strict=True) if mask]
     stacked = torch.stack([loss.reshape(()) for loss in losses])
-    found = torch.autograd.grad(
-        stacked,
-        [*shared, *mine],
-        torch.eye(len(losses), dtype=stacked.dtype, device=stacked.device),
-        retain_graph=retain_graph,
-        allow_unused=True,
-        is_grads_batched=True,
-    )
-    by_tensor = dict(zip([*shared, *mine], found, strict=True))
+    seeds = torch.eye(len(losses), dtype=stacked.dtype, device=stacked.device)
+    try:
+        found = torch.autograd.grad(
+            stacked,
+            [*shared, *mine],
+            seeds,
+            retain_graph=retain_graph,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            "memory='batched' takes the gradients of all tasks in one vectorised backward, and some operation of this "
+            "graph does not support that (a compiled part, or an autograd function without vmap). Use memory='fast'."
+        ) from error
+    by_tensor = dict(present([*shared, *mine], found))
     own: list[Gradients] = []
     for task in range(len(losses)):
         layout.write(
-            jacobian[task], [None if (g := by_tensor.get(tensor)) is None else g[task] for tensor in partition.shared]
+            jacobian[task],
+            [None if (g := by_tensor.get(tensor)) is None else g[task] for tensor in partition.shared],
         )
-        rows = [(tensor, by_tensor[tensor]) for tensor in partition.own[task]]
-        own.append([(tensor, gradient[task]) for tensor, gradient in rows if gradient is not None])
-    return own
+        own.append(
+            [(tensor, by_tensor[tensor][task]) for tensor in partition.own[task] if tensor in by_tensor]
+        )
+    return own, by_tensor.keys() & set(shared)
 
 
 @dataclass
@@ -132,17 +162,7 @@ def layer_pass(
     *,
     retain_graph: bool,
 ) -> LayerPass:
-    """Take the gradients of T losses with respect to ``layer`` [T, P] and to each task's own parameters.
-
-    Raises:
-        ValueError: a parameter of the layer is not shared.
-    """
-    for position, tensor in enumerate(layer):
-        if not any(tensor is shared for shared in partition.shared):
-            raise ValueError(
-                f"parameter {position} of solve_on= (shape {tuple(tensor.shape)}) is not shared by the tasks; "
-                "name parameters that two or more losses reach, such as the last shared layer."
-            )
+    """Take the gradients of T losses with respect to ``layer`` [T, P] and to each task's own parameters."""
     layout = Layout(tuple(layer))
     jacobian = memory.buffer(len(losses), layout.columns, layout.like)
     own = []
@@ -151,4 +171,21 @@ def layer_pass(
         found = gradients_of([loss], [*layer, *mine], None, retain_graph=True)
         layout.write(jacobian[task], found[: len(layer)])
         own.append(present(mine, found[len(layer) :]))
-    return LayerPass(losses, "layer", jacobian, own, partition=partition, retain_graph=retain_graph)
+    return LayerPass(
+        losses, "layer", jacobian, own, columns=layout.tensors, partition=partition, retain_graph=retain_graph
+    )
+
+
+def check_layer(layer: Sequence[torch.Tensor], partition: Partition) -> None:
+    """See that every parameter to solve on is shared.
+
+    Raises:
+        ValueError: one is not.
+    """
+    shared = set(partition.shared)
+    for position, tensor in enumerate(layer):
+        if tensor not in shared:
+            raise ValueError(
+                f"parameter {position} of solve_on= (shape {tuple(tensor.shape)}) is not shared by the tasks; "
+                "name parameters that two or more losses reach, such as the last shared layer."
+            )

@@ -14,19 +14,19 @@ Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensors lie one after another in a row of P numbers."""
+    """How tensors lie one after another in a row of P real numbers; a complex entry takes two."""
 
     tensors: tuple[torch.Tensor, ...]
 
     @property
     def columns(self) -> int:
-        """P, the number of entries of all tensors together."""
-        return sum(tensor.numel() for tensor in self.tensors)
+        """P, the number of real numbers in all tensors together."""
+        return sum(map(_width, self.tensors))
 
     @property
     def like(self) -> torch.Tensor:
-        """An empty tensor of the dtype that holds every tensor's gradient, on the first one's device."""
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
+        """An empty tensor of the real dtype that holds every tensor's gradient, on the first one's device."""
+        dtype = reduce(torch.promote_types, (tensor.dtype.to_real() for tensor in self.tensors))
         return torch.empty(0, dtype=dtype, device=self.tensors[0].device)
 
     def write(self, row: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> None:
@@ -34,19 +34,28 @@ class Layout:
         pieces = []
         for tensor, gradient in zip(self.tensors, gradients, strict=True):
             if gradient is None:
-                gradient = torch.zeros((), dtype=row.dtype, device=row.device).expand(tensor.shape)
+                gradient = torch.zeros((), dtype=row.dtype, device=row.device).expand(_width(tensor))
             elif gradient.layout is not torch.strided:
                 gradient = gradient.to_dense()
+            if gradient.is_complex():
+                gradient = torch.view_as_real(gradient.resolve_conj())
             pieces.append(gradient.reshape(-1).to(device=row.device, dtype=row.dtype))
         torch.cat(pieces, out=row)
 
     def split(self, row: torch.Tensor) -> list[torch.Tensor]:
         """Views of ``row`` [P], one in the shape of each tensor (a copy where dtype or device differ)."""
-        pieces = torch.split(row, [tensor.numel() for tensor in self.tensors])
-        return [
-            piece.view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
-            for tensor, piece in zip(self.tensors, pieces, strict=True)
-        ]
+        pieces = torch.split(row, [_width(tensor) for tensor in self.tensors])
+        return [_shaped(piece, tensor) for tensor, piece in zip(self.tensors, pieces, strict=True)]
+
+
+def _width(tensor: torch.Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def _shaped(piece: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():  # the copy aligns the pairs, as a complex view asks
+        piece = torch.view_as_complex(piece.reshape(*tensor.shape, 2).clone())
+    return piece.reshape(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
 
 
 def gradients_of(
@@ -56,17 +65,32 @@ def gradients_of(
     *,
     retain_graph: bool,
 ) -> list[torch.Tensor | None]:
-    """``torch.autograd.grad`` that allows no inputs and leaves None where an output does not depend on one."""
+    """``torch.autograd.grad`` that allows no inputs and leaves None where an output does not depend on one.
+
+    Raises:
+        RuntimeError: as autograd does; in words of ours where a compiled model can be walked only once.
+    """
     if not inputs or not outputs:
         return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(outputs, list(inputs), seeds, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
-    )
+    try:
+        return list(
+            torch.autograd.grad(outputs, list(inputs), seeds, retain_graph=retain_graph, allow_unused=True)
+        )
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "a compiled part of the model was prepared for a single backward through each graph, and the gradients of "
+            "several tasks need several. Set torch._functorch.config.donated_buffer = False before the model's first "
+            "backward, or pass the compiled trunk's output as features=, which walks it once."
+        ) from error
 
 
 def present(inputs: Sequence[torch.Tensor], gradients: Iterable[torch.Tensor | None]) -> Gradients:
     """Pairs of parameter and gradient, without those that received none."""
-    return [(tensor, gradient) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
+    return [
+        (tensor, gradient) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None
+    ]
 
 
 def seeds_of(losses: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torch.Tensor]:
@@ -97,11 +121,11 @@ def accumulate(gradients: Gradients) -> None:
     with torch.no_grad():
         for tensor, gradient in gradients:
             if tensor.grad is not None:
-                # A sparse gradient added to a dense one stays dense; the reverse cannot be done in place.
+                # A sparse gradient added to a dense one in place; a dense one takes the place of a sparse one.
                 if tensor.grad.layout is torch.strided:
                     tensor.grad.add_(gradient)
                 else:
-                    tensor.grad = tensor.grad + gradient
+                    tensor.grad = gradient + tensor.grad
                 continue
             if gradient.layout is torch.strided:
                 address = gradient.data_ptr()

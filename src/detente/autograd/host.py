@@ -18,8 +18,10 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     if not tensors:
         return []
     device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
-    flat = torch.cat([tensor.detach().to(device=device, dtype=torch.float64).reshape(-1) for tensor in tensors])
-    numbers = flat.cpu().numpy()
+    pieces = [tensor.detach().reshape(-1) for tensor in tensors]
+    if any(piece.device != device or not piece.is_floating_point() for piece in pieces):
+        pieces = [piece.to(device=device, dtype=torch.float64) for piece in pieces]
+    numbers = torch.cat(pieces).to(torch.float64).cpu().numpy()
     arrays, offset = [], 0
     for tensor in tensors:
         arrays.append(numbers[offset : offset + tensor.numel()].reshape(tensor.shape))

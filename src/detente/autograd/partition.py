@@ -24,8 +24,8 @@ class Walk:
     """What a walk from T roots found.
 
     Attributes:
-        leaves: leaf tensors that require a gradient, in the order found, each with the bit mask of the roots
-            that reach it.
+        leaves: leaf tensors that require a gradient, in the order in which the forward pass first used them, each
+            with the bit mask of the roots that reach it.
         stops: the edges where the walk stopped, each with the bit mask of the roots that reach it.
         overlap: True if two roots reach a common node before any stop, so that their graphs must be freed together.
     """
@@ -92,11 +92,13 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
         node = todo.pop()
         if node in children:
             continue
-        edges = children[node] = [(child, number) for child, number in node.next_functions if child is not None]
+        edges = children[node] = [
+            (child, number) for child, number in node.next_functions if child is not None
+        ]
         if not edges and (variable := getattr(node, "variable", None)) is not None:
             variables[node] = variable
             continue
-        name = node.name()
+        name = type(node).__name__  # node.name() may be hidden by what a function keeps in its context
         if name.startswith("CheckpointFunction"):
             raise ValueError(
                 "the graph holds reentrant activation checkpointing, which task gradients cannot pass; "
@@ -114,6 +116,7 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
 
     # Second pass, parents before children: hand the masks down.
     overlap = False
+    used: dict[Node, tuple[int, int]] = {}  # when the forward pass first used each leaf
     ready = [node for node in dict.fromkeys(heads) if waiting[node] == 0]
     while ready:
         node = ready.pop()
@@ -121,11 +124,14 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
         if node in variables:
             continue
         overlap = overlap or mask & (mask - 1) != 0
-        for edge in children[node]:
+        for place, edge in enumerate(children[node]):
             if edge in barrier:
                 stopped[edge] = stopped.get(edge, 0) | mask
                 continue
             child = edge[0]
+            if child in variables:
+                use = (node._sequence_nr(), place)
+                used[child] = min(use, used.get(child, use))
             masks[child] = masks.get(child, 0) | mask
             if child in compiled:
                 entered[edge] = entered.get(edge, 0) | mask
@@ -137,7 +143,8 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
             "the model was compiled as one piece, so its graph does not tell shared from task-specific parameters. "
             "Name the shared ones with shared=, or compile the trunk and the heads separately."
         )
-    return Walk({variable: masks[node] for node, variable in variables.items()}, stopped, overlap)
+    in_order = sorted(variables, key=lambda node: used.get(node, (0, 0)))
+    return Walk({variables[node]: masks[node] for node in in_order}, stopped, overlap)
 
 
 class CompiledModel(ValueError):
@@ -185,7 +192,8 @@ class Memory:
     def remember(self, tensors: Iterable[torch.Tensor]) -> None:
         """Add parameters that were found to be shared."""
         known = {id(tensor) for tensor in self.shared()}
-        self._shared += [weakref.ref(tensor) for tensor in tensors if id(tensor) not in known]
+        new = {id(tensor): tensor for tensor in tensors if id(tensor) not in known}
+        self._shared += [weakref.ref(tensor) for tensor in new.values()]
 
     def buffer(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         """A [rows, columns] tensor of the dtype and device of ``like``, the same memory as last time if it fits."""

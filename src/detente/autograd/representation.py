@@ -14,7 +14,7 @@ import torch
 
 from detente.autograd.exact import Pass
 from detente.autograd.flat import Gradients, Layout, gradients_of, present
-from detente.autograd.partition import Memory, gradient_edge, trainable, walk
+from detente.autograd.partition import Memory, Partition, by_task, gradient_edge, trainable, walk
 
 
 @dataclass
@@ -23,20 +23,24 @@ class FeaturesPass(Pass):
 
     Attributes:
         features: the tensors of the representation.
+        used: for each of them whether some loss has a gradient for it; what lies behind the others is left alone.
         encoder: shared parameters behind the representation.
         direct: for each task the gradients of shared parameters that its loss reaches past the representation
             (a skip connection, a tied weight, a layer several heads use); weighted like the rest.
     """
 
     features: Sequence[torch.Tensor] = field(kw_only=True)
+    used: Sequence[bool] = field(kw_only=True)
     encoder: Sequence[torch.Tensor] = field(kw_only=True)
     direct: list[Gradients] = field(kw_only=True)
     retain_graph: bool = field(kw_only=True)
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
         """One backward through the encoder, plus the weighted gradients that bypass the representation."""
-        seeds = Layout(tuple(self.features)).split(direction)
-        found = gradients_of(self.features, self.encoder, seeds, retain_graph=self.retain_graph)
+        pieces = Layout(tuple(self.features)).split(direction)
+        outputs = [feature for feature, used in zip(self.features, self.used, strict=True) if used]
+        seeds = [piece for piece, used in zip(pieces, self.used, strict=True) if used]
+        found = gradients_of(outputs, self.encoder, seeds, retain_graph=self.retain_graph)
         total = dict(present(self.encoder, found))
         if any(self.direct):
             if weights is None:
@@ -57,17 +61,25 @@ class Roles:
 
     Attributes:
         encoder: shared parameters behind the features.
-        past: for each task the shared parameters its loss also reaches past the features.
+        past: for each task the shared parameters its loss (also) reaches past the features.
         own: for each task the parameters that take the plain gradient of its loss.
-        nested: True if one feature is computed from another.
+        stopped: True if gradients must be stopped at the features by hand: one feature is computed from another, or a
+            loss also reaches past them what lies behind them. Autograd would carry the rest of the way on, and the
+            encoder's part would count twice.
         entwined: True if the graphs of two heads, or of a head and the encoder, have nodes in common.
     """
 
     encoder: list[torch.Tensor]
-    past: list[list[torch.Tensor]]
-    own: list[list[torch.Tensor]]
-    nested: bool
+    past: Sequence[Sequence[torch.Tensor]]
+    own: Sequence[Sequence[torch.Tensor]]
+    stopped: bool
     entwined: bool
+
+    def partition(self) -> Partition:
+        """The roles without the representation: every shared parameter counts as reached by every loss."""
+        shared = tuple(dict.fromkeys([*self.encoder, *(tensor for task in self.past for tensor in task)]))
+        everyone = (1 << len(self.own)) - 1
+        return Partition(shared, (everyone,) * len(shared), tuple(map(tuple, self.own)))
 
 
 def assign_roles(
@@ -82,12 +94,12 @@ def assign_roles(
     """Find the encoder behind ``features`` and what the heads reach past it.
 
     Parameters behind the features are shared, and so are parameters that two or more losses reach past them; the
-    others are own. ``shared`` and ``task_specific`` restrict both to what they name; a parameter behind the
-    features is never a task's own.
+    others are own. ``shared`` and ``task_specific`` restrict both to what they name. A parameter behind the features
+    cannot be a task's own: the one backward through the encoder does not tell tasks apart.
 
     Raises:
-        ValueError: a feature carries no graph, some loss does not depend on the features (named), or no loss
-            reaches any named shared parameter.
+        ValueError: a feature carries no graph, some loss does not depend on the features (named), no loss reaches any
+            named shared parameter, or the names would make a parameter behind the features a task's own.
     """
     for position, feature in enumerate(features):
         if not feature.requires_grad:
@@ -96,8 +108,7 @@ def assign_roles(
                 "Without features= the shared parameters are found from the losses."
             )
     edges = [gradient_edge(feature) for feature in features]
-    named = shared is not None and task_specific is not None
-    heads = walk(losses, edges, named=named)
+    heads = walk(losses, edges, named=shared is not None or task_specific is not None)
     depending = 0
     for mask in heads.stops.values():
         depending |= mask
@@ -126,14 +137,22 @@ def assign_roles(
     else:
         memory.remember([*encoder, *(leaf for leaf, mask in heads.leaves.items() if mask & (mask - 1))])
         chosen = set(memory.shared())
-    candidates = set(heads.leaves) if task_specific is None else set(task_specific)
-    own = {leaf: mask for leaf, mask in heads.leaves.items() if leaf in candidates - chosen - inside}
-    tasks = range(len(losses))
+    candidates = inside | set(heads.leaves) if task_specific is None else set(task_specific)
+    apart = candidates - chosen
+    misplaced = [leaf for leaf in encoder if leaf in apart]
+    if misplaced:
+        raise ValueError(
+            f"{len(misplaced)} parameters behind features= (the first has shape {tuple(misplaced[0].shape)}) would be "
+            "a task's own, but one backward through the encoder serves all tasks. Name them in shared=, leave "
+            "features= out, or name both shared= and task_specific= without them to leave them untouched."
+        )
+    tasks = len(losses)
     return Roles(
         encoder=[leaf for leaf in encoder if leaf in chosen],
-        past=[[leaf for leaf, mask in heads.leaves.items() if leaf in chosen and mask >> t & 1] for t in tasks],
-        own=[[leaf for leaf, mask in own.items() if mask >> t & 1] for t in tasks],
-        nested=any(found.stops for found in behind),
+        past=by_task({leaf: mask for leaf, mask in heads.leaves.items() if leaf in chosen}, tasks),
+        own=by_task({leaf: mask for leaf, mask in heads.leaves.items() if leaf in apart}, tasks),
+        stopped=any(found.stops for found in behind)
+        or any(leaf in inside for leaf in heads.leaves if leaf in chosen),
         entwined=entwined,
     )
 
@@ -145,32 +164,40 @@ def features_pass(
     memory: Memory,
     *,
     retain_graph: bool,
+    activations: bool = True,
 ) -> FeaturesPass:
     """Take the gradients of T losses with respect to ``features`` [T, P] and to each task's own parameters.
 
     With several features the gradient with respect to each holds the others fixed, also where one is computed
-    from another.
+    from another. ``activations`` copies the representation for methods that look at it.
     """
     layout = Layout(tuple(features))
     jacobian = memory.buffer(len(losses), layout.columns, layout.like)
+    used = [False] * len(features)
     own: list[Gradients] = []
     direct: list[Gradients] = []
     last = len(losses) - 1
-    with _held_fixed(features) if roles.nested else nullcontext():
+    with _stopped_at(features) if roles.stopped else nullcontext():
         for task, loss in enumerate(losses):
             past, mine = roles.past[task], roles.own[task]
-            keep = retain_graph or roles.nested or (roles.entwined and (task < last or bool(roles.encoder)))
+            keep = retain_graph or roles.stopped or (roles.entwined and (task < last or bool(roles.encoder)))
             found = gradients_of([loss], [*features, *past, *mine], None, retain_graph=keep)
             layout.write(jacobian[task], found[: len(features)])
+            used = [before or g is not None for before, g in zip(used, found[: len(features)], strict=True)]
             direct.append(present(past, found[len(features) : len(features) + len(past)]))
             own.append(present(mine, found[len(features) + len(past) :]))
+    flattened = None
+    if activations:
+        flattened = torch.empty_like(jacobian[0])
+        layout.write(flattened, [feature.detach() for feature in features])
     return FeaturesPass(
         losses,
         "features",
         jacobian,
         own,
-        torch.cat([feature.detach().reshape(-1).to(layout.like) for feature in features]),
+        flattened,
         features=features,
+        used=used,
         encoder=roles.encoder,
         direct=direct,
         retain_graph=retain_graph,
@@ -178,16 +205,18 @@ def features_pass(
 
 
 @contextmanager
-def _held_fixed(features: Sequence[torch.Tensor]) -> Iterator[None]:
-    """While this lasts no gradient flows from one feature into another behind it."""
+def _stopped_at(features: Sequence[torch.Tensor]) -> Iterator[None]:
+    """While this lasts no gradient flows behind a feature: into the encoder, or into another feature."""
     handles = []
     for feature in features:
         node, number = gradient_edge(feature)
 
-        def block(gradients: tuple[torch.Tensor, ...], number: int = number) -> tuple[torch.Tensor | None, ...]:
+        def block(
+            gradients: tuple[torch.Tensor, ...], number: int = number
+        ) -> tuple[torch.Tensor | None, ...]:
             return tuple(None if position == number else g for position, g in enumerate(gradients))
 
-        handles.append(node.register_prehook(block))  # type: ignore[arg-type]
+        handles.append(node.register_prehook(block))
     try:
         yield
     finally:

@@ -46,4 +46,6 @@ def adam_step(
     # Both means start at zero: divide by how much of their weight the steps so far have filled.
     direction = mean / (1 - betas[0] ** steps)
     length = np.sqrt(square / (1 - betas[1] ** steps)) + epsilon
-    return values - lr * direction / length, np.stack((mean, square, steps), axis=1)
+    following = np.empty_like(moments)
+    following[:, 0], following[:, 1], following[:, 2] = mean, square, steps
+    return values - lr * direction / length, following

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from detente.geometry.gramian import Array, unit_rows
 
@@ -106,11 +106,8 @@ def _decompose(gramian: ArrayLike) -> tuple[Array, Array, int]:
     tasks, longest = len(norms), norms.max()
     if longest == 0:
         return np.zeros(tasks), np.eye(tasks), 0
-    # The rows of the factor are graded from long to short; only then are its small singular values accurate.
-    order = np.argsort(-norms, kind="stable")
-    factor = _factor(cosines[np.ix_(order, order)])
-    rows = (norms[order] / longest)[:, None] * factor
-    left, singular, _ = np.linalg.svd(rows)
+    order, factor = _factor(norms / longest, cosines)
+    left, singular, _ = np.linalg.svd((norms[order] / longest)[:, None] * factor)
     values = np.zeros(tasks)
     values[: len(singular)] = (singular * longest) ** 2
     vectors = np.empty((tasks, tasks))
@@ -118,34 +115,45 @@ def _decompose(gramian: ArrayLike) -> tuple[Array, Array, int]:
     return values, vectors, factor.shape[1]
 
 
-def _factor(cosines: Array) -> Array:
-    """[T, r] lower trapezoidal L with LLᵀ = C, r the number of independent rows to rounding."""
+def _factor(norms: Array, cosines: Array) -> tuple[NDArray[np.intp], Array]:
+    """An order of the tasks and L [T, r] with LLᵀ = C in that order; r rows of C are independent to rounding.
+
+    The rows of diag(norms) L go from long to short: only then are its small singular values accurate.
+    """
+    order = np.argsort(-norms, kind="stable")
+    ordered = cosines[np.ix_(order, order)]
+    factor: Array | None = None
     try:
-        factor = np.linalg.cholesky(cosines)
+        factor = np.asarray(np.linalg.cholesky(ordered), dtype=np.float64)
         if np.diagonal(factor).min() > CLEARLY_INDEPENDENT:
-            return np.asarray(factor)
+            return order, factor
     except np.linalg.LinAlgError:
-        factor = None
-    values = np.linalg.eigvalsh(cosines)
+        pass
+    values = np.linalg.eigvalsh(ordered)
     rank = int((values > 8 * len(values) * EPS * values[-1]).sum())
     if factor is not None and rank == len(values):
-        return np.asarray(factor)
-    # What is left of a dependent row is rounding, which grows with elimination: raise the bar until the rank is right.
-    negligible = len(values) * EPS
-    while (columns := _eliminate(cosines, negligible)).shape[1] > rank:
-        negligible *= 4
-    return columns
+        return order, factor
+    return _factor_dependent(norms, cosines, rank)
 
 
-def _eliminate(cosines: Array, negligible: float) -> Array:
-    """Cholesky columns in the given order, passing over rows of which less than ``negligible`` is left."""
+def _factor_dependent(norms: Array, cosines: Array, rank: int) -> tuple[NDArray[np.intp], Array]:
+    """Cholesky factor with complete pivoting: of what is left, the longest comes next."""
     rest = cosines.copy()
-    columns = []
-    for task in range(len(rest)):
-        pivot = rest[task, task]
-        if pivot > negligible:
-            column = rest[:, task] / np.sqrt(pivot)
-            column[:task] = 0.0
-            columns.append(column)
-            rest -= np.outer(column, column)
-    return np.stack(columns, axis=1)
+    remaining = np.ones(len(rest), dtype=bool)
+    chosen, columns = [], []
+    for _ in range(rank):
+        left = np.where(remaining, np.diagonal(rest), 0.0)
+        # Beside the largest remainder of a gradient of unit length, rounding does not count, however long the gradient.
+        left[left < 1e-6 * left.max()] = 0.0
+        task = int((left * norms**2).argmax())
+        column = rest[:, task] / np.sqrt(left[task])
+        column[~remaining] = 0.0
+        rest -= np.outer(column, column)
+        remaining[task] = False
+        chosen.append(task)
+        columns.append(column)
+    others = np.flatnonzero(remaining)
+    order = np.concatenate(
+        [np.array(chosen, dtype=np.intp), others[np.argsort(-norms[others], kind="stable")]]
+    )
+    return order, np.stack(columns, axis=1)[order]

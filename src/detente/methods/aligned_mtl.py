@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from detente.geometry.spectrum import spectrum
+from detente.geometry.spectrum import Spectrum, spectrum
 from detente.methods.base import Declaration, Method, Preference, one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
@@ -95,10 +95,12 @@ class AlignedMTL(Method):
             weights=torch.from_numpy(weights),
             transform=torch.from_numpy(balance),
             kept_rank=found.rank,
-            dropped=self._dropped(gradients, vectors),
+            dropped=_dropped(gradients.names, gramian, found),
         )
 
-    def _dropped(self, gradients: TaskGradients, vectors: np.ndarray) -> tuple[str, ...]:
-        """Tasks of which the kept directions hold less than half of the weight they would have at full rank."""
-        share = np.sum(vectors**2, axis=1)
-        return tuple(name for name, part in zip(gradients.names, share, strict=True) if part < 0.5)
+
+def _dropped(names: tuple[str, ...], gramian: np.ndarray, found: Spectrum) -> tuple[str, ...]:
+    """Tasks of whose squared gradient the kept directions hold less than half."""
+    held = found.vectors[:, : found.rank] ** 2 @ found.values[: found.rank]
+    squares = np.diagonal(gramian)
+    return tuple(n for n, h, square in zip(names, held, squares, strict=True) if not h > 0.5 * square)

@@ -6,21 +6,24 @@ A method is a ``torch.nn.Module`` without trainable parameters. Its state lives 
 
 from __future__ import annotations
 
+import numbers
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, TypeVar, final
 
 import numpy as np
 import torch
 from torch import nn
 
-from detente.values import Combination, TaskGradients
+from detente.values import GRADIENT_NEEDS, Combination, TaskGradients
 
 Preference = Mapping[str, float] | Sequence[float] | None
+Solved = TypeVar("Solved")
 
 EVERYWHERE = frozenset({"exact", "features", "layer"})
+NEEDS = GRADIENT_NEEDS | {"losses", "after_step", "epoch"}  # and batches:k
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,13 @@ class Declaration:
     Args:
         name: the name for :func:`detente.create`.
         source: paper and equation.
-        needs, spaces, native_scale, homogeneity, nonconflict, stationary, simplex, permutation, stateful:
+        needs, spaces, native_scale, homogeneity, nonconflict, stationary, simplex, permutation, stateful, gives:
             see :class:`detente.values.MethodInfo`.
         heads: as there; None is ``weighted`` for methods that take no gradients and ``own`` for the others.
         search: option name to the values a default search tries.
+
+    Raises:
+        ValueError: a need or a space that nothing could meet, most likely a slip of the pen.
 
     Example:
         >>> Declaration(name="mine", source="this file", needs=frozenset({"gramian"})).native_scale
@@ -52,7 +58,23 @@ class Declaration:
     simplex: bool = False
     permutation: Literal["exact", "distribution"] | None = None
     heads: Literal["own", "weighted"] | None = None
+    gives: Literal["weights", "blocks", "direction"] = "weights"
     search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for need in self.needs:
+            kind, _, batches = need.partition(":")
+            if need not in NEEDS and not (kind == "batches" and batches.isdigit() and int(batches) >= 2):
+                raise ValueError(
+                    f"{self.name} declares the unknown need {need!r}; needs are {', '.join(sorted(NEEDS))} and "
+                    "batches:k with k >= 2."
+                )
+        for space in self.spaces:
+            one_of(f"spaces of {self.name}", space, sorted(EVERYWHERE))
+        if not self.spaces:
+            raise ValueError(
+                f"{self.name} declares no space; name at least one of {', '.join(sorted(EVERYWHERE))}."
+            )
 
 
 class Method(nn.Module, ABC):
@@ -75,7 +97,10 @@ class Method(nn.Module, ABC):
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
-    declares: ClassVar[Declaration]
+    declares: (
+        Declaration  # of the class; of the instance where an option or a wrapped method changes what holds
+    )
+    generator: torch.Generator | None
     _preference_option: ClassVar[str] = "preference"  # what the option is called in messages
 
     def __init__(self, *, preference: Preference = None, seed: int | None = None) -> None:
@@ -83,13 +108,23 @@ class Method(nn.Module, ABC):
         self.tasks: tuple[str, ...] | None = None
         self._constructed: frozenset[str] = frozenset()  # buffers that do not depend on the tasks
         self._preference = check_preference(self._preference_option, preference)
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
+            raise ValueError(f"option seed is {seed!r}; give a whole number.")
+        self.generator = None if seed is None else torch.Generator().manual_seed(int(seed))
 
     # ---- what an author writes
 
     @abstractmethod
     def solve(self, gradients: TaskGradients) -> Combination:
         """From the tasks' gradients of one step to weights, a transform, or a direction."""
+
+    def solve_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
+        """Solve for several blocks of parameters; worth writing where the mathematics takes a batch of Gramians."""
+        return [self.solve(block) for block in blocks]
+
+    def needs_now(self) -> frozenset[str]:
+        """What the next call needs: the declared needs, or fewer of them in a method that does not always look."""
+        return self.declares.needs
 
     def allocate(self, tasks: int) -> None:
         """Register the buffers of a method with memory for ``tasks`` tasks; methods without need nothing."""
@@ -110,19 +145,19 @@ class Method(nn.Module, ABC):
             ValueError: a need is not met, a task is unknown, or the method rejects the input (each named). The
                 state is then as it was before.
         """
-        self._check(gradients)
-        tasks, buffers = self.tasks, dict(self._buffers)
-        drawn = None if self.generator is None else self.generator.get_state()
-        try:
-            self.bind(gradients.names if tasks is not None else self._everyone(gradients.names))
-            return self.solve(gradients)
-        except Exception:
-            self.tasks = tasks
-            self._buffers.clear()
-            self._buffers.update(buffers)
-            if self.generator is not None and drawn is not None:
-                self.generator.set_state(drawn)
-            raise
+        return self._guarded([gradients], lambda: self.solve(gradients))
+
+    @final
+    def combine_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
+        """One training step of the method on the same tasks' gradients in several blocks of parameters.
+
+        Args:
+            blocks: for each block what :meth:`combine` takes, as if there were no other parameters.
+
+        Raises:
+            ValueError: as :meth:`combine`.
+        """
+        return self._guarded(blocks, lambda: self.solve_blocks(blocks))
 
     @final
     def bind(self, names: Sequence[str]) -> None:
@@ -135,6 +170,8 @@ class Method(nn.Module, ABC):
         names = check_names(names)
         if self.tasks is None:
             weight_by_name(self._preference, names, self._preference_option)
+            for method in self._inside():
+                method.bind(names)
             self._constructed = frozenset(self._buffers)
             self.allocate(len(names))
             self.tasks = names
@@ -153,6 +190,8 @@ class Method(nn.Module, ABC):
                 f"{self.declares.name} knows {known} and was given {given}; which loss is which task cannot be told. "
                 "Name the losses in every step or in none, or create a new method."
             )
+        for method in self._inside():
+            method.bind(names)
         if new:
             if isinstance(self._preference, tuple):
                 raise ValueError(
@@ -243,8 +282,35 @@ class Method(nn.Module, ABC):
 
     # ---- private
 
+    def _inside(self) -> list[Method]:
+        """The methods this one is wrapped around, at any depth."""
+        if not self._modules:
+            return []
+        return [module for module in self.modules() if isinstance(module, Method) and module is not self]
+
+    def _guarded(self, blocks: Sequence[TaskGradients], solve: Callable[[], Solved]) -> Solved:
+        """Check, bind and solve; whatever fails, this method and those inside know what they knew before."""
+        for gradients in blocks:
+            self._check(gradients)
+        before = [
+            (one, one.tasks, dict(one._buffers), None if one.generator is None else one.generator.get_state())
+            for one in (self, *self._inside())
+        ]
+        names = blocks[0].names
+        try:
+            self.bind(names if self.tasks is not None else self._everyone(names))
+            return solve()
+        except Exception:
+            for one, tasks, buffers, drawn in before:
+                one.tasks = tasks
+                one._buffers.clear()
+                one._buffers.update(buffers)
+                if one.generator is not None and drawn is not None:
+                    one.generator.set_state(drawn)
+            raise
+
     def _check(self, gradients: TaskGradients) -> None:
-        name, needs = self.declares.name, self.declares.needs
+        name, needs = self.declares.name, self.needs_now()
         if "losses" in needs and gradients.losses is None:
             raise ValueError(f"{name} needs the losses: pass losses= with one number per task.")
         if "gramian" in needs and gradients.gramian is None:
@@ -264,11 +330,17 @@ class Method(nn.Module, ABC):
             )
 
     def _everyone(self, names: Sequence[str]) -> tuple[str, ...]:
-        # A preference by name names every task, also those absent from the first step.
-        named = self._preference if isinstance(self._preference, dict) else {}
-        return (*names, *(name for name in named if name not in names))
+        # A preference by name names every task, also those absent from the first step; and a wrapped method may
+        # have been told the names.
+        further: dict[str, None] = {}
+        for method in (self, *self._inside()):
+            further.update(dict.fromkeys(method._preference if isinstance(method._preference, dict) else ()))
+            further.update(dict.fromkeys(method.tasks or ()))
+        return (*names, *(name for name in further if name not in names))
 
     def _unbind(self) -> None:
+        if self.tasks is None:
+            return  # no buffer depends on the tasks yet
         self.tasks = None
         for name in list(self._buffers):
             if name not in self._constructed:
@@ -289,9 +361,11 @@ class Method(nn.Module, ABC):
             ):
                 self._buffers[name] = old
                 continue
-            if fresh is None or fresh.dim() != old.dim() or any(map(operator.lt, fresh.shape, old.shape)):
-                # Sized by the first step: the new tasks start from zero, as the others did.
+            if fresh is None or fresh.dim() != old.dim():
                 fresh = old.new_zeros(len(names), *old.shape[1:])
+            elif any(map(operator.lt, fresh.shape, old.shape)):
+                # Sized by the first step: the new tasks start from zero, as the others did.
+                fresh = old.new_zeros(tuple(map(max, fresh.shape, old.shape)))
             fresh[tuple(map(slice, old.shape))] = (
                 old  # the leading corner: the second axis may run over tasks too
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -78,10 +79,20 @@ class MGDA(Method):
         divisor = self._divisor(gradients)
         problem = gramian if divisor is None else gramian / divisor[:, None] / divisor
         weights = minimum_norm_point(problem) if self.solver == "exact" else frank_wolfe(problem)
+        return self._combination(gramian, weights)
+
+    def solve_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
+        """All blocks in one batch, where the solver takes one."""
+        if self.solver != "exact" or self.normalize != "none":
+            return super().solve_blocks(blocks)
+        gramians = np.stack([block.gramian for block in blocks if block.gramian is not None])
+        return list(map(self._combination, gramians, minimum_norm_point(gramians)))
+
+    def _combination(self, gramian: np.ndarray, weights: np.ndarray) -> Combination:
         norms = np.sqrt(np.diagonal(gramian))
         terms = weights * norms
         squared = float(weights @ gramian @ weights)
-        stationary = squared <= STATIONARY * gradients.tasks * float(terms.sum()) ** 2
+        stationary = squared <= STATIONARY * len(weights) * float(terms.sum()) ** 2
         return Combination(weights=torch.from_numpy(weights), status="stationary" if stationary else "ok")
 
     def _divisor(self, gradients: TaskGradients) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -42,7 +43,7 @@ class UnknownOption(TypeError, ValueError):
         >>> detente.create("mgda", solvr="exact")
         Traceback (most recent call last):
         ...
-        detente.methods.registry.UnknownOption: mgda has no option 'solvr'; it has solver, normalize, ...
+        detente.methods.registry.UnknownOption: mgda has no option 'solvr'; it has solver, normalize.
     """
 
 
@@ -53,7 +54,8 @@ def register(cls: M) -> M:
     is the first line of the docstring.
 
     Raises:
-        TypeError: the class declares nothing, has no docstring, or an option without default.
+        TypeError: the class declares nothing, has no docstring, an option without default, or a search over something
+            that is no option.
         ValueError: another class already has that name.
 
     Example:
@@ -95,29 +97,33 @@ def unregister(name: str) -> None:
     del _registered[name]
 
 
-def describe(cls: type[Method]) -> MethodInfo:
-    """What a method class declares, with summary and options read from its docstring and signature.
+def describe(cls: type[Method] | Method) -> MethodInfo:
+    """What a method declares, with summary and options read from its class's docstring and signature.
+
+    Args:
+        cls: a class, or an instance, whose options or wrapped method may have changed what holds. A parameter that
+            takes a method to wrap is no option.
 
     Raises:
-        TypeError: the class declares nothing, has no docstring, or an option without default.
+        TypeError: as :func:`register`.
+
+    Example:
+        >>> import detente
+        >>> describe(detente.create("gradvac", group="layer")).gives
+        'blocks'
     """
     declared: Declaration | None = getattr(cls, "declares", None)
+    cls = cls if isinstance(cls, type) else type(cls)
     if declared is None:
         raise TypeError(f"{cls.__name__} has no `declares`; give it a detente.Declaration.")
-    summary = (inspect.getdoc(cls) or "").strip().split("\n")[0]
-    if not cls.__doc__ or not summary:
-        raise TypeError(f"{cls.__name__} has no docstring; its first line is the summary users read.")
-    constructor: Any = cls.__init__
-    hints = typing.get_type_hints(constructor)
-    options: dict[str, Option] = {}
-    for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        if parameter.default is parameter.empty:
-            raise TypeError(f"option {name!r} of {cls.__name__} has no default; every option needs one.")
-        hint = hints.get(name)
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        options[name] = Option(parameter.default, choices, tuple(declared.search.get(name, ())))
+    summary, parameters = _signature(cls)
+    for name in declared.search:
+        if name not in parameters:
+            raise TypeError(f"{cls.__name__} declares a search over {name!r}, which is none of its options.")
+    options = {
+        name: Option(default, choices, tuple(declared.search.get(name, ())))
+        for name, (default, choices) in parameters.items()
+    }
     return MethodInfo(
         name=declared.name,
         summary=summary,
@@ -133,7 +139,32 @@ def describe(cls: type[Method]) -> MethodInfo:
         simplex=declared.simplex,
         permutation=declared.permutation,
         heads=declared.heads or ("own" if declared.needs & GRADIENT_NEEDS else "weighted"),
+        gives=declared.gives,
     )
+
+
+@lru_cache(maxsize=256)
+def _signature(cls: type[Method]) -> tuple[str, dict[str, tuple[Any, tuple[Any, ...]]]]:
+    """The summary of a class, and its options with their defaults and choices."""
+    summary = (inspect.getdoc(cls) or "").strip().split("\n")[0]
+    if not cls.__doc__ or not summary:
+        raise TypeError(f"{cls.__name__} has no docstring; its first line is the summary users read.")
+    if cls.__init__ is Method.__init__:
+        return summary, {}  # preference and seed are for authors to pass on, not options of every method
+    constructor: Any = cls.__init__
+    hints = typing.get_type_hints(constructor)
+    options: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
+        hint = hints.get(name)
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or hint is Method:
+            continue
+        if parameter.default is parameter.empty:
+            raise TypeError(f"option {name!r} of {cls.__name__} has no default; every option needs one.")
+        options[name] = (
+            parameter.default,
+            typing.get_args(hint) if typing.get_origin(hint) is Literal else (),
+        )
+    return summary, options
 
 
 def methods() -> dict[str, MethodInfo]:
@@ -159,6 +190,7 @@ def create(name: str, tasks: Sequence[str] | int | None = None, **options: Any) 
         UnknownMethod: no such method; close names are suggested.
         UnknownOption: the method has no such option; its options are listed.
         ValueError: an option is out of range, or it does not fit the tasks.
+        TypeError: an option, or ``tasks``, is of the wrong kind.
 
     Example:
         >>> import detente
@@ -172,6 +204,8 @@ def create(name: str, tasks: Sequence[str] | int | None = None, **options: Any) 
             raise UnknownOption(f"{info.name} has no option {option!r}; it has {offered}.")
     constructor: Any = cls
     method: Method = constructor(**options)
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks is the text {tasks!r}; give a list of names, or their number.")
     if tasks is not None:
         names = tuple(str(task) for task in range(tasks)) if isinstance(tasks, int) else tuple(tasks)
         method.bind(names)
@@ -179,7 +213,7 @@ def create(name: str, tasks: Sequence[str] | int | None = None, **options: Any) 
 
 
 def info_of(method: Method) -> MethodInfo:
-    """What an instance's class declares, registered or not.
+    """What an instance declares, registered or not, with the options it was made with.
 
     Example:
         >>> import detente
@@ -187,7 +221,9 @@ def info_of(method: Method) -> MethodInfo:
         'uniform'
     """
     known = _registered.get(method.declares.name)
-    return known[1] if known is not None and known[0] is type(method) else describe(type(method))
+    if known is not None and known[0] is type(method) and "declares" not in method.__dict__:
+        return known[1]
+    return describe(method)
 
 
 def _find(name: str) -> tuple[type[Method], MethodInfo]:
@@ -208,7 +244,11 @@ def _load(name: str) -> tuple[type[Method], MethodInfo]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # type hints of the class are resolved through it
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
     cls = getattr(module, attribute, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise UnknownMethod(f"{path} has no class {attribute!r} derived from detente.Method.")
@@ -216,7 +256,17 @@ def _load(name: str) -> tuple[type[Method], MethodInfo]:
 
 
 def discover(package: str, path: Sequence[str], skip: Mapping[str, str] | set[str]) -> None:
-    """Import every module of ``package``, so that one new file is one new method."""
+    """Import every module of ``package``, so that one new file is one new method.
+
+    Args:
+        package: dotted name of the package.
+        path: its ``__path__``.
+        skip: names of modules that hold no method.
+
+    Example:
+        >>> import json
+        >>> discover("json", json.__path__, {"tool", "__main__"})  # imports json.decoder, json.encoder, json.scanner
+    """
     for module in pkgutil.iter_modules(path):
         if module.name not in skip:
             importlib.import_module(f"{package}.{module.name}")

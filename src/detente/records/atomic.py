@@ -32,12 +32,31 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically, in UTF-8 with newlines as given."""
+    """Write a small text file atomically, in UTF-8 with newlines as given.
+
+    Whoever reads ``path`` meanwhile sees the old text or the new one, never a part.
+
+    Raises:
+        OSError: the folder is missing or may not be written to.
+
+    >>> write_text(Path("note.txt"), "λ = 0.1")
+    >>> Path("note.txt").read_text("utf-8")
+    'λ = 0.1'
+    """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically; numbers that are not finite become null."""
+    """Write a JSON object atomically; numbers that are not finite become null.
+
+    Raises:
+        TypeError: a value is none that JSON can hold.
+        OSError: the folder is missing or may not be written to.
+
+    >>> write_json(Path("result.json"), {"loss": float("inf"), "epochs": 3})
+    >>> json.loads(Path("result.json").read_text("utf-8"))
+    {'loss': None, 'epochs': 3}
+    """
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -31,7 +31,13 @@ from detente.records.schema import (
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured quantity of a task: its name, its direction, and whether it is shown in percent."""
+    """One measured quantity of a task: its name, its direction, and whether it is shown in percent.
+
+    Stored values are fractions in [0, 1] where ``percent`` is True; only reports multiply by 100.
+
+    >>> Metric("left", "accuracy", higher_is_better=True, percent=True).name
+    'accuracy'
+    """
 
     task: str
     name: str
@@ -41,7 +47,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Samples:
-    """A few test images, uint8 [N, H, W] or [N, H, W, 3], with int64 [N] targets and predictions by task."""
+    """A few test images, with what they show and what a network said.
+
+    Attributes:
+        images: uint8 [N, H, W], or [N, H, W, 3] for colour.
+        targets: task to int64 [N] class indices.
+        predictions: task to int64 [N], as the run's network predicted.
+    """
 
     images: NDArray[np.uint8]
     targets: Mapping[str, NDArray[np.int64]]

@@ -113,7 +113,7 @@ def weight_curves(study: Study) -> Section:
         for group in study.compared:
             data += _step_traces(group, [(step, pick(found)) for step, found in shares[group.key]])
         layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("share")}
-        layout["shapes"] = [straight_line("y", 1 / len(study.tasks), "@muted", "dot", 1)]
+        layout["shapes"] = [straight_line("y", 1 / len(study.tasks), "@muted", "dot", 1.5)]
         figures.append(Figure(name, data, layout))
     return Section(title, text, (tuple(figures),))
 
@@ -124,10 +124,11 @@ def conflict_curves(study: Study) -> Section:
     cosine = "cosine" if len(study.tasks) == 2 else "smallest cosine of two tasks"
     measures: tuple[tuple[str, str, dict[str, Any], float | None], ...] = (
         ("minimal_cosine", cosine, {"range": [-1.05, 1.05]}, 0.0),
-        ("condition_number", "condition number", {"type": "log"}, 10.0),
+        ("condition_number", "condition number", {}, 10.0),
         ("magnitude_similarity", "magnitude similarity", {"range": [-0.05, 1.05]}, None),
     )
     rows = []
+    largest: dict[str, float] = {}
     for which, when in (("raw", "as given"), ("altered", "altered")):
         figures = []
         for key, name, options, line in measures:
@@ -137,12 +138,14 @@ def conflict_curves(study: Study) -> Section:
             values = [value for trace in data for value in trace["y"] if value is not None]
             if not values:
                 continue
-            if options.get("type") == "log":
-                options = _log_axis(min(values), max(values))
+            if key == "condition_number":
+                # Never below 1; the same axis for given and altered gradients, with the papers' line in view.
+                top = max(largest.get(key, 10.0), *values)
+                largest[key] = top
+                options = {**_log_axis(1.0, top), "range": [-0.05, 1.04 * math.log10(top)]}
             layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis(name, **options)}
-            # The line of the condition number would squeeze curves that stay far below it.
-            if line is not None and max(values) >= 0.3 * line:
-                layout["shapes"] = [straight_line("y", line, "@muted", "dot", 1)]
+            if line is not None:
+                layout["shapes"] = [straight_line("y", line, "@muted", "dot", 1.5)]
             figures.append(Figure(f"{name}, {when}", data, layout, height=260))
         if figures:
             rows.append(tuple(figures))
@@ -151,8 +154,8 @@ def conflict_curves(study: Study) -> Section:
         return Section(title, "No conflict measures were recorded.")
     text = (
         "Cosine below the dotted line: the tasks pull against each other. Condition number: largest over "
-        "smallest singular value of the matrix of gradients; 10, the limit Senushkin et al. (2023) draw, is "
-        "dotted where it is near. Magnitude similarity: 1 when the "
+        "smallest singular value of the matrix of gradients; the line at 10 is the limit that Senushkin et al. "
+        "(2023) draw. Magnitude similarity: 1 when the "
         "gradients are equally long. Broken lines are measured on the features, where the gradients are others "
         "than on the parameters."
     )
@@ -271,7 +274,7 @@ def straight_line(direction: str, value: float, colour: str, dash: str, width: f
     other = "x" if direction == "y" else "y"
     return {
         "type": "line",
-        "layer": "below",
+        "layer": "above",
         f"{direction}0": value,
         f"{direction}1": value,
         f"{other}ref": "paper",

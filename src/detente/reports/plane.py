@@ -14,7 +14,11 @@ from detente.statistics import Spread, spread
 
 
 def plane_section(study: Study) -> Section:
-    """All methods against each other: a plane for two tasks, rows of dots for another number."""
+    """All methods against each other, by their results on test data.
+
+    Two tasks span a plane with a point per run; for another number of tasks there is a row of dots per task. Without
+    a finished run the section says so in words.
+    """
     title = "The two tasks against each other" if len(study.tasks) == 2 else "Every task"
     done = [group for group in study.groups if group.finished]
     if not done:
@@ -23,7 +27,11 @@ def plane_section(study: Study) -> Section:
 
 
 def axis_title(metric: Metric) -> str:
-    """Task, metric and unit."""
+    """Task, metric and unit, as an axis shows them.
+
+    >>> axis_title(Metric("left", "accuracy", higher_is_better=True, percent=True))
+    'left: accuracy (%)'
+    """
     return f"{metric.task}: {metric.name}{' (%)' if metric.percent else ''}"
 
 
@@ -247,14 +255,18 @@ def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
             assert xs is not None
             assert ys is not None
             colour = colours[group.style.colour]
-            bars = {
-                "xerr": xs.deviation,
-                "yerr": ys.deviation,
-                "elinewidth": 1.2,
-                "capsize": 2.5,
-                "capthick": 1.2,
-            }
-            axes.errorbar([xs.mean], [ys.mean], fmt="none", ecolor=colour, zorder=2, **bars)
+            axes.errorbar(
+                [xs.mean],
+                [ys.mean],
+                xerr=xs.deviation,
+                yerr=ys.deviation,
+                fmt="none",
+                ecolor=colour,
+                elinewidth=1.2,
+                capsize=2.5,
+                capthick=1.2,
+                zorder=2,
+            )
             axes.plot(
                 [xs.mean],
                 [ys.mean],

@@ -103,7 +103,7 @@ def places(methods: Iterable[str]) -> dict[str, int]:
             place = zlib.crc32(name.encode()) % total
             # The colour moves on first: it is what a reader sees first.
             taken = set(found.values())
-            while place in taken:
+            while place in taken and len(taken) < total:
                 place = (place + 1) % total
             found[name] = place
     return found

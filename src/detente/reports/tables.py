@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from detente.records import Metric, Run, find_runs
 from detente.reports.groups import Group, Study, collect
@@ -52,7 +52,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows and notes in words about what is missing or how a number was made."""
+    """The results of one experiment as a table.
+
+    Attributes:
+        experiment: its name.
+        columns: from left to right.
+        rows: one for each method and setting, from top to bottom.
+        notes: in words, what is missing or how a number was made.
+    """
 
     experiment: str
     columns: tuple[Column, ...]
@@ -74,7 +81,11 @@ class Table:
 
 
 def results_table(runs: Iterable[Run]) -> list[Table]:
-    """One table for each experiment among the runs; an empty list for no runs."""
+    """One table for each experiment among the runs; an empty list for no runs.
+
+    >>> results_table([])
+    []
+    """
     return [table_of(study) for study in collect(runs)]
 
 
@@ -152,7 +163,8 @@ def show_spread(text: str, found: Spread, scale: float, digits: str) -> str:
 def rich_table(table: Table, width: int = 10**6) -> rich.table.Table:
     """The table for a terminal of this many characters, for `rich.print`.
 
-    Numbers are never cut: where there is too little room, memory and seconds are left out, in this order.
+    Numbers are never cut: where there is too little room, memory and seconds are left out, then seeds and
+    relative time.
     """
     import rich.box
     import rich.table
@@ -162,25 +174,52 @@ def rich_table(table: Table, width: int = 10**6) -> rich.table.Table:
     texts = [[row.group.name, *(cell.text for cell in row.cells[1:])] for row in table.rows]
     headings = [column.title.replace(" ", "\n") for column in table.columns]
 
-    def needed() -> int:
-        widest = (max(map(len, [*headings[i].split("\n"), *(row[i] for row in texts)])) for i in keep)
-        return sum(widest) + 2 * (len(keep) - 1)
+    words = [
+        max(len(word) for text in (heading, *column) for word in text.split() or [""])
+        for heading, *column in zip(headings, *texts, strict=True)
+    ]
 
-    for key in ("peak_memory_bytes", "seconds_per_epoch"):
-        if needed() > width:
+    whole = [
+        max(len(line) for text in (heading, *column) for line in text.split("\n"))
+        for heading, *column in zip(headings, *texts, strict=True)
+    ]
+
+    def room(widths: list[int]) -> int:
+        # Between two columns rich leaves three characters, at the edges one.
+        return sum(widths[index] for index in keep) + 3 * (len(keep) - 1) + 2
+
+    # The names wrap first; means and deviations only where nothing else is left.
+    unbroken = [words[0], *whole[1:]]
+    for key, widths in (
+        ("peak_memory_bytes", unbroken),
+        ("seconds_per_epoch", unbroken),
+        ("seeds", words),
+        ("relative_seconds", words),
+    ):
+        if room(widths) > width:
             keep = [index for index in keep if table.columns[index].key != key]
     title = f"{table.experiment}: results on test data"
     shown = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    fits = room(unbroken) <= width
     for index in keep:
         numeric = table.columns[index].numeric
-        shown.add_column(Text(headings[index]), justify="right" if numeric else "left", no_wrap=numeric)
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        shown.add_column(
+            Text(headings[index]), justify=justify, no_wrap=numeric and fits, min_width=words[index]
+        )
     for row, entries in zip(table.rows, texts, strict=True):
         shown.add_row(*(Text(entries[i], style="bold" if row.cells[i].best else "") for i in keep))
     return shown
 
 
 def print_table(folders: Sequence[Path]) -> None:
-    """Print the tables of the runs in these folders, with their notes, to the terminal."""
+    """Print the tables of the runs in these folders, with their notes, to the terminal.
+
+    Folders are searched at every depth; the table is as wide as the terminal.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+    """
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text

@@ -15,14 +15,23 @@ _PERCENT = "\N{NO-BREAK SPACE}%"
 
 @dataclass(frozen=True)
 class Verdict:
-    """One headline and the sentences that carry or limit it, as plain text."""
+    """What the runs of one study say, as plain text.
+
+    Attributes:
+        headline: one sentence.
+        sentences: those that carry the headline or limit it, in the order to be read.
+    """
 
     headline: str
     sentences: tuple[str, ...]
 
 
 def verdict(study: Study) -> Verdict:
-    """The verdict on one study, from its finished runs."""
+    """The verdict on one study, from its finished runs.
+
+    Ranked by Δm where single-task baselines exist; without them, or without finished runs, it says what is missing
+    instead of naming a winner.
+    """
     ranked = _ranked(study)
     done = [group for group in study.compared if group.finished]
     if ranked:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,10 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run."""
+    """One training run: every field is a flag of `detente run`.
+
+    Experiments derive from it and change defaults or add fields of their own.
+    """
 
     method: str = "uniform"
     """Name of a method (see `detente methods`), or path/to/file.py:ClassName."""
@@ -40,9 +45,11 @@ class TrainingConfig:
     """Weight decay (decoupled for adamw)."""
     halve_every: int = 30
     """Halve the learning rate every so many epochs; 0 never does."""
-    selection: Literal["mean", "last", "last-k", "non-dominated"] = "mean"
-    """Which epochs are tested, chosen on validation data: the best mean of the tasks' main metrics; the last; the
-    mean over the last k; the latest that no other epoch dominates."""
+    selection: Literal["mean", "delta-m", "last", "last-k", "non-dominated"] = "mean"
+    """Which epochs are tested, chosen on validation data: the best mean of the tasks' main metrics; the best Δm
+    against the baselines; the last; the mean over the last k; the latest that no other epoch dominates."""
+    baseline: tuple[str, ...] = ()
+    """Main metric of a network trained for one task alone, as task=value, for the rule delta-m."""
     selection_k: int = 10
     """k of the rule last-k."""
     seed: int = 0
@@ -64,6 +71,38 @@ class TrainingConfig:
             raise ValueError(f"halve_every is {self.halve_every}; it must be 0 (never) or more.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive.")
+
+    def baselines(self, tasks: Sequence[str]) -> dict[str, float]:
+        """The single-task baselines by task; empty unless the rule delta-m asks for them.
+
+        Raises:
+            ValueError: an entry is not task=number, names no task, is zero, or a task has none.
+
+        Example:
+            >>> TrainingConfig(selection="delta-m", baseline=("a=0.9", "b=0.8")).baselines(("a", "b"))
+            {'a': 0.9, 'b': 0.8}
+        """
+        if self.selection != "delta-m":
+            return {}
+        found: dict[str, float] = {}
+        for entry in self.baseline:
+            task, _, value = entry.partition("=")
+            try:
+                found[task] = float(value)
+            except ValueError as error:
+                raise ValueError(f"baseline {entry!r} is not of the form task=number.") from error
+            if task not in tasks:
+                raise ValueError(
+                    f"baseline names the unknown task {task!r}; the tasks are {', '.join(tasks)}."
+                )
+            if not math.isfinite(found[task]) or found[task] == 0:
+                raise ValueError(f"baseline of task {task!r} is {value}; Δm divides by it.")
+        for task in tasks:
+            if task not in found:
+                raise ValueError(
+                    f"selection delta-m needs a baseline for task {task!r}: --baseline {task}=VALUE."
+                )
+        return found
 
     def method_options(self) -> dict[str, Any]:
         """The options of the method: numbers, mappings and sequences as Python values, everything else as text.

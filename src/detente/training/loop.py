@@ -80,6 +80,7 @@ def train(
         CheckpointError: the checkpoint in the folder is damaged.
     """
     method = create_method(problem, config)
+    config.baselines(problem.tasks)  # what is missing is told before anything is written
     described = describe(type(method))
     space = config.gradients if described.takes_gradients else "none"
     if space != "none" and space not in described.spaces:
@@ -135,7 +136,18 @@ def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def evaluate(problem: Problem, model: nn.Module, split: SplitName) -> dict[str, dict[str, float]]:
-    """Task to metric to value over a whole split; the network's mode and gradients are left as they are."""
+    """Measure a network on a whole split.
+
+    The network's mode (training or evaluation) and its gradients are left as they are.
+
+    Args:
+        problem: gives the examples and the meter.
+        model: the network, on whichever device.
+        split: ``train``, ``validation`` or ``test``.
+
+    Returns:
+        Task to metric to value; metrics in percent are fractions in [0, 1].
+    """
     was_training = model.training
     device = next(model.parameters()).device
     examples, meter = problem.split(split), problem.meter()
@@ -187,6 +199,10 @@ class _Run:
             else min(config.max_steps, config.epochs * batches)
         )
         self.stride = max(1, self.total // config.record_steps)
+        given = config.baselines(problem.tasks)
+        self.baselines = self.signed(
+            {task: {problem.main_metric[task]: value} for task, value in given.items()}
+        )
         self.at = Position()
         self.resume()
 
@@ -270,7 +286,9 @@ class _Run:
             0,
             0.0,
         )
-        candidates = [epoch + 1 for epoch in kept(config.selection, at.history, config.selection_k)]
+        candidates = [
+            epoch + 1 for epoch in kept(config.selection, at.history, config.selection_k, self.baselines)
+        ]
         if at.epoch in candidates:
             checkpoint.save(checkpoint.weights_file(self.records.path, at.epoch), self.module.state_dict())
         at.seconds += time.perf_counter() - started
@@ -286,7 +304,8 @@ class _Run:
         at, config = self.at, self.config
         inputs, labels = _to_device(self.data.batch(indices), self.device)
         recorded = at.step % self.stride == 0
-        measure = config.measure and recorded and not self.info.takes_gradients
+        # At most every second step, so that there are unmeasured ones left to tell what a step costs.
+        measure = config.measure and at.step % max(2, self.stride) == 0 and not self.info.takes_gradients
         started = time.perf_counter()
         output = self.model(inputs)
         losses = self.problem.losses(output, labels)
@@ -338,6 +357,7 @@ class _Run:
         return {
             task: metrics[task][name] if higher[task, name] else -metrics[task][name]
             for task, name in self.problem.main_metric.items()
+            if task in metrics
         }
 
     # ---- the end
@@ -346,7 +366,9 @@ class _Run:
         """Test the chosen epochs, once, and write the result."""
         started = time.perf_counter()
         config, at = self.config, self.at
-        epochs = [epoch + 1 for epoch in chosen(config.selection, at.history, config.selection_k)]
+        epochs = [
+            epoch + 1 for epoch in chosen(config.selection, at.history, config.selection_k, self.baselines)
+        ]
         tested, validated = [], []
         for epoch in epochs:
             self.module.load_state_dict(checkpoint.load(checkpoint.weights_file(self.records.path, epoch)))

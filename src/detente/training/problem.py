@@ -14,7 +14,10 @@ SplitName = Literal["train", "validation", "test"]
 
 
 class Split(Protocol):
-    """Examples that can be fetched by position."""
+    """Examples that can be fetched by position.
+
+    Any object with ``len`` and ``batch`` will do: the loop draws the positions and moves what it gets to the device.
+    """
 
     def __len__(self) -> int:
         """The number of examples."""

@@ -58,8 +58,16 @@
     return Plotly.react(place, traces(figure, palette), layout(figure, palette), options);
   }
 
-  function drawAll() {
-    return Promise.all(drawings.map(draw));
+  // One figure that fails must not take the others with it.
+  async function drawAll() {
+    for (const place of drawings) {
+      try {
+        await draw(place);
+      } catch (error) {
+        console.error(error);
+        place.textContent = "This figure could not be drawn.";
+      }
+    }
   }
 
   for (const button of document.querySelectorAll(".legend button")) {

@@ -1,4 +1,4 @@
-"""Checks of losses and numbers that weightings of the losses share; no method lives here."""
+"""Checks of losses, options and remembered gradients that methods share; no method lives here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from detente.methods.base import Method
@@ -14,7 +15,9 @@ from detente.values import TaskGradients
 Array = NDArray[np.float64]
 
 
-def positive_losses(method: Method, gradients: TaskGradients, why: str = "takes logarithms of the losses") -> Array:
+def positive_losses(
+    method: Method, gradients: TaskGradients, why: str = "takes logarithms of the losses"
+) -> Array:
     """[T] the losses of this step, all of them positive.
 
     Raises:
@@ -76,7 +79,9 @@ def losses_of(method: Method, losses: Mapping[str, Any] | Sequence[Any], expecte
             )
     for task, value in zip(expected, values, strict=True):
         if not np.isfinite(value):
-            raise ValueError(f"{name}: the loss of task {task!r} given to after_step() is not finite: {value}.")
+            raise ValueError(
+                f"{name}: the loss of task {task!r} given to after_step() is not finite: {value}."
+            )
     return values
 
 
@@ -95,7 +100,9 @@ def number(option: str, value: float, *, above: float | None = None, least: floa
     inside = np.isfinite(value) and (above is None or value > above) and (least is None or value >= least)
     if not inside:
         bounds = [f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", least)) if bound is not None]
-        raise ValueError(f"option {option} is {value}; give a finite number{' ' if bounds else ''}{''.join(bounds)}.")
+        raise ValueError(
+            f"option {option} is {value}; give a finite number{' ' if bounds else ''}{''.join(bounds)}."
+        )
     return float(value)
 
 
@@ -112,3 +119,49 @@ def count(option: str, value: int | None, *, least: int) -> int | None:
     if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
         raise ValueError(f"option {option} is {value}; give a whole number >= {least}.")
     return None if value is None else int(value)
+
+
+def sized(method: Method, state: torch.Tensor | None, jacobian: torch.Tensor) -> torch.Tensor:
+    """A [tasks, P] state as it is, or zeros like the Jacobian where there is none yet.
+
+    Raises:
+        ValueError: the Jacobian [T, P] has another number of columns than the state.
+
+    Example:
+        >>> import detente
+        >>> sized(detente.create("db-mtl", tasks=2), None, torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    assert method.tasks is not None
+    if state is None:
+        return jacobian.new_zeros(len(method.tasks), jacobian.shape[1])
+    if state.shape[1] != jacobian.shape[1]:
+        raise ValueError(
+            f"{method.declares.name} remembers gradients of {state.shape[1]} shared parameters and was given "
+            f"{jacobian.shape[1]}. Name the shared parameters with shared=, so that they stay the same, or create a "
+            "new method."
+        )
+    return state.to(jacobian)
+
+
+def check_range(method: Method, gradients: TaskGradients, sizes: np.ndarray) -> None:
+    """Refuse sizes [T] of gradients that are not finite.
+
+    Raises:
+        ValueError: one is not; the task is named.
+
+    Example:
+        >>> import detente
+        >>> gradients = TaskGradients(names=("left", "right"))
+        >>> check_range(detente.create("db-mtl"), gradients, np.array([1.0, np.inf]))
+        Traceback (most recent call last):
+        ...
+        ValueError: db-mtl: the gradient of task 'right' is out of the range of its dtype. Scale that loss down.
+    """
+    finite = np.isfinite(sizes)
+    if not finite.all():
+        name = gradients.names[int(np.argmin(finite))]
+        raise ValueError(
+            f"{method.declares.name}: the gradient of task {name!r} is out of the range of its dtype. Scale that loss "
+            "down."
+        )

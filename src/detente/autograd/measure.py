@@ -1,0 +1,140 @@
+"""From a pass over the graph to the numbers a method sees, in one copy to the host; and passes of further batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from detente.autograd.blocks import block_gramians, blocks_of
+from detente.autograd.exact import Pass, exact_pass
+from detente.autograd.flat import largest_entries
+from detente.autograd.gramian import gramian
+from detente.autograd.host import to_host
+from detente.autograd.losses import Losses, check_gradients, check_losses, check_own, named_losses, numbers
+from detente.autograd.partition import Memory, Partition
+from detente.autograd.take import Where
+from detente.values import MethodInfo, TaskGradients
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The task gradients of one step, as values and as the graph that can still carry a direction back.
+
+    Attributes:
+        gradients: what a method sees.
+        graph: turns a direction into gradients of the shared parameters; holds the own parameters' gradients.
+    """
+
+    gradients: TaskGradients
+    graph: Pass
+
+
+def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = False) -> Taken:
+    """Gramian, losses and a check of every gradient, in one copy to the host.
+
+    Args:
+        names: the T tasks.
+        graph: a pass with its Jacobian.
+        blocks: also one Gramian for each shared tensor, where the pass is over parameters.
+
+    Raises:
+        ValueError: a loss or a gradient is not finite; the task is named.
+    """
+    assert graph.jacobian is not None
+    tasks = len(names)
+    split = blocks_of(graph.columns) if blocks and graph.columns else None
+    products = gramian(graph.jacobian) if split is None else block_gramians(graph.jacobian, split.sizes)
+    largest = largest_entries(gradient for task in graph.own for _, gradient in task)
+    host = to_host([*graph.losses, products, *largest])
+    losses, matrix = numbers(host[:tasks]), host[tasks] if split is None else host[tasks].sum(axis=0)
+    check_losses(names, losses)
+    check_gradients(names, matrix, graph.space)
+    check_own(names, graph.own, numbers(host[tasks + 1 :]))
+    gradients = TaskGradients(
+        names=names,
+        losses=losses,
+        gramian=matrix,
+        jacobian=graph.jacobian,
+        activations=graph.activations,
+        space=graph.space,
+    )
+    if split is not None:
+        gradients = replace(
+            gradients,
+            block_gramians=host[tasks],
+            block_names=split.names,
+            block_sizes=split.sizes,
+            block_layers=split.layers,
+        )
+    return Taken(gradients, graph)
+
+
+def take_further(
+    names: tuple[str, ...],
+    extra: Sequence[Losses],
+    graph: Pass,
+    *,
+    blocks: bool = False,
+    retain_graph: bool = False,
+) -> tuple[TaskGradients, ...]:
+    """The same tasks' gradients on further batches, with respect to the same parameters, in memory of their own.
+
+    Args:
+        names: the T tasks of the step.
+        extra: losses of each further batch, with their graph.
+        graph: the pass of the step.
+        blocks: as for :func:`measure_gradients`.
+        retain_graph: keep the graphs.
+
+    Raises:
+        ValueError: as the step's own losses do, other tasks, or losses that reach no shared parameter of the step;
+            the batch is named.
+        TypeError: as the step's own losses do.
+    """
+    everyone = (1 << len(names)) - 1
+    parts = Partition(graph.columns, (everyone,) * len(graph.columns), ((),) * len(names))
+    found = []
+    for number, batch in enumerate(extra):
+        try:
+            given, scalars = named_losses(batch)
+            if set(given) != set(names):
+                raise ValueError(
+                    f"the tasks are {', '.join(given)}, and those of the step {', '.join(names)}."
+                )
+            losses = [scalars[given.index(name)] for name in names]
+            further = exact_pass(losses, parts, Memory(), retain_graph=retain_graph)
+            if not further.touched:
+                raise ValueError(
+                    "no loss reaches a shared parameter of the step; use the same model for every batch."
+                )
+            gradients = measure_gradients(names, further, blocks=blocks).gradients
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"extra[{number}]: {error}") from error
+        found.append(replace(gradients, space=graph.space))
+    return tuple(found)
+
+
+def check_further(info: MethodInfo, where: Where, extra: Any) -> None:
+    """See that further batches are what the method declares.
+
+    Raises:
+        TypeError: ``extra`` is no sequence of losses.
+        ValueError: the method takes none, or another number; or the problem is solved on features.
+    """
+    if isinstance(extra, (Mapping, torch.Tensor)) or not isinstance(extra, Sequence):
+        raise TypeError("extra= takes a list with the losses of each further batch, even for a single one.")
+    if not extra:
+        return
+    wanted = [int(need.partition(":")[2]) - 1 for need in info.needs if need.startswith("batches:")]
+    if not wanted:
+        raise ValueError(f"{info.name} looks at one batch only; leave extra= out.")
+    if len(extra) != wanted[0]:
+        raise ValueError(f"{info.name} takes {wanted[0]} further batches, and extra= holds {len(extra)}.")
+    if where.features is not None:
+        raise ValueError(
+            "extra= and features= do not go together: two batches have no representation in common on which to compare "
+            "gradients. Leave features= out, or name the last shared layer in solve_on=."
+        )

@@ -1,0 +1,75 @@
+"""The vector in the affine hull of the gradients that has equal projections on all of them (IMTL-G)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from detente.geometry.gramian import Array, unit_rows
+
+EPS = float(np.finfo(np.float64).eps)
+# Eigenvalues of the cosines below this times T are rounding.
+SINGULAR = 16 * EPS
+# Sums of signed terms below this, relative to the terms' size, are zero.
+CANCELLED = 1e-10
+
+
+@dataclass(frozen=True)
+class EqualProjections:
+    """A vector d = Σ weights_i g_i with Σ weights_i = 1 and the same inner product with every unit gradient.
+
+    Attributes:
+        weights: [T], of any sign.
+        kind: ``found``; ``zero``: the affine hull holds 0 and d = 0 to rounding; ``none``: no such vector exists, and
+            the weights (whose magnitudes sum to one) only point where the equal projections are.
+
+    Example:
+        >>> equal_projections([[1.0, 0.0], [0.0, 1.0]]).weights
+        array([0.5, 0.5])
+    """
+
+    weights: Array
+    kind: Literal["found", "zero", "none"]
+
+
+def equal_projections(gramian: ArrayLike) -> EqualProjections:
+    """Solve ⟨d, g_i⟩ / ‖g_i‖ = c for all i, with d = Σ α_i g_i and Σ α_i = 1 (Liu et al. 2021, section 3.1).
+
+    In x_i = α_i ‖g_i‖ and the cosines C this is C x = c 1 with Σ x_i / ‖g_i‖ = 1. For independent gradients
+    x ∝ C⁻¹ 1. For dependent ones, a vector of C's kernel whose weights do not sum to zero shows that the affine hull
+    holds 0, which has equal projections on everything; otherwise the pseudo-inverse solves the system if 1 is in its
+    range, and no solution exists if it is not. Where Σ (C⁻¹ 1)_i / ‖g_i‖ = 0 none exists either.
+
+    Args:
+        gramian: [T, T]. A gradient of zero length puts 0 into the affine hull.
+
+    Raises:
+        ValueError: not a Gramian, see :func:`detente.geometry.gramian.unit_rows`.
+
+    Example:
+        >>> equal_projections([[1.0, 2.0], [2.0, 4.0]]).kind  # g and 2 g: twice the first less the second
+        'zero'
+        >>> equal_projections([[1.0, 0.0], [0.0, 9.0]]).weights
+        array([0.75, 0.25])
+    """
+    norms, cosines = unit_rows(gramian)
+    vanishing = norms == 0
+    if vanishing.any():
+        return EqualProjections(vanishing / vanishing.sum(), "zero")
+    shorter = norms.min() / norms  # in (0, 1]: 1 / ‖g_i‖ in units that neither overflow nor vanish
+    values, vectors = np.linalg.eigh(cosines)
+    kept = values > SINGULAR * len(norms)
+    kernel = vectors[:, ~kept]
+    inside = kernel.T @ shorter
+    if np.linalg.norm(inside) > CANCELLED * np.linalg.norm(shorter):
+        return EqualProjections((kernel @ inside) * shorter / (inside @ inside), "zero")
+    solution = vectors[:, kept] @ (vectors[:, kept].sum(axis=0) / values[kept])
+    weights = solution * shorter
+    total, size = weights.sum(), np.abs(weights).sum()
+    outside = np.linalg.norm(kernel.sum(axis=0)) > CANCELLED * np.sqrt(len(norms))
+    if outside or not abs(total) > CANCELLED * size:
+        return EqualProjections(weights / size if size > 0 else np.full(len(norms), 1 / len(norms)), "none")
+    return EqualProjections(weights / total, "found")
