@@ -56,8 +56,17 @@ def read_docstring(cls: type, names: Iterable[str] = ()) -> Docstring:
     summary, _, rest = "\n\n".join(text).partition("\n\n")
     rest, when = taken_out(rest, "When to use it", "Cost")
     rest, cost = taken_out(rest, "Cost", "When to use it")
-    shown = (prose(part, names) for part in (one_line(summary), rest, one_line(when), one_line(cost)))
-    return Docstring(*shown, options, tuple(errors), example.rstrip())
+    if "torch." in example and "import torch" not in example:
+        example = f">>> import torch\n{example}"  # the module that holds the example has imported it
+    return Docstring(
+        summary=prose(one_line(summary), names),
+        text=prose(rest, names),
+        when=prose(one_line(when), names),
+        cost=prose(one_line(cost), names),
+        options=options,
+        errors=tuple(errors),
+        example=example.rstrip(),
+    )
 
 
 def taken_out(text: str, heading: str, other: str) -> tuple[str, str]:

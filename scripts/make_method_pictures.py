@@ -20,11 +20,12 @@ import torch
 import detente
 from detente.experiments.toy_paths import Descent, descend
 from detente.problems import Toy
+from detente.problems.toy import Scales
 from detente.records.atomic import write_bytes, write_json
 from detente.reports.style import PALETTE
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "methods"
-SCALES = "nash-mtl"  # the losses differ by a factor of ten: conflict and unequal size in one picture
+SCALES: Scales = "nash-mtl"  # the losses differ by a factor of ten: conflict and unequal size in one picture
 STEPS, LR, STRIDE = 4000, 1e-2, 20
 NEAR = 0.5  # an end this close to the Pareto set has arrived
 LARGEST = 60_000  # bytes of one picture
@@ -103,7 +104,7 @@ def drawing(descent: Descent) -> bytes:
 
     toy = Toy(SCALES)
     factors = np.array(toy.factors)
-    fonts = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5}
+    fonts: Any = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5}
     with matplotlib.rc_context({**fonts, "axes.edgecolor": MUTED, "axes.linewidth": 0.8}):
         figure = Figure(figsize=(8.0, 3.9), dpi=110, layout="constrained")
         plane, values = figure.subplots(1, 2)

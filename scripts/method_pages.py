@@ -85,11 +85,8 @@ def tick(value: bool) -> str:
 
 def homogeneity_of(info: MethodInfo) -> str:
     """How the direction scales with the gradients."""
-    if info.homogeneity is None:
-        return "follows no power"
-    return {0: "does not change", 1: "scales by s"}.get(
-        info.homogeneity, f"scales by s to the power {info.homogeneity:g}"
-    )
+    known: dict[float | None, str] = {None: "follows no power of s", 0: "does not change", 1: "scales by s"}
+    return known.get(info.homogeneity) or f"scales by s to the power {info.homogeneity:g}"
 
 
 def declared(info: MethodInfo) -> str:
@@ -278,6 +275,11 @@ def index_page(
     ]  # fmt: skip
     for name, info in infos.items():
         link = code(name, frozenset(infos))
+        power = (
+            ""
+            if info.homogeneity is None
+            else f"s^{info.homogeneity:g}".replace("s^1", "s").replace("s^0", "1")
+        )
         title, _, idea = written[name].summary.partition(": ")
         measured = (microseconds(times.get(name, {}).get(tasks)) for tasks in columns)
         costs.append((link, capital(idea or title), *cost_of(info), *measured))
@@ -289,7 +291,7 @@ def index_page(
                 info.gives,
                 tick(info.stateful),
                 info.native_scale,
-                {None: "", 0: "same", 1: "s"}.get(info.homogeneity, f"s^{info.homogeneity or 0:g}"),
+                power,
                 tick(info.nonconflict),
                 info.stationary or "",
                 tick(info.simplex),

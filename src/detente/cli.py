@@ -266,7 +266,9 @@ def _evaluate(command: EvaluateCommand) -> int:
     if run.result is None:
         raise UsageError(f"{command.run} holds an unfinished run; finish it first: {run.config['command']}")
     experiment = find(run.experiment)
-    stored = {key: tuple(v) if isinstance(v, list) else v for key, v in run.config["config"].items()}
+    stored: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in run.config["config"].items()
+    }
     stored["data_dir"] = command.data_dir or (Path(stored["data_dir"]) if stored["data_dir"] else None)
     problem = experiment.build(experiment.config(**stored))
     model = problem.model()

@@ -86,16 +86,19 @@ def combine(
         names = tuple(str(name) for name in losses)
     else:
         names = method.tasks if method.tasks is not None and len(method.tasks) == tasks else positional(tasks)
-    scalars = [] if losses is None else [torch.as_tensor(loss) for loss in values_of(losses)]
+    scalars = [] if losses is None else [_as_number(loss) for loss in values_of(losses)]
     for name, loss in zip(names, scalars, strict=False):
         check_scalar(name, loss)
-    host = to_host([*scalars, gramian(jacobian)])
-    matrix = host[-1]
+    needs = method.needs_now()
+    wanted = bool(needs & {"gramian", "blocks"})
+    # A method that asks for no Gramian is spared its T²P products; only the check of the rows remains.
+    host = to_host([*scalars, gramian(jacobian) if wanted else _largest_by_row(jacobian)])
+    matrix = host[-1] if wanted else None
     given = None if losses is None else numbers(host[:-1])
     check_losses(names, given)
-    check_gradients(names, matrix)
+    check_gradients(names, np.diagonal(host[-1]) if wanted else host[-1])
     gradients = TaskGradients(names=names, losses=given, gramian=matrix, jacobian=jacobian)
-    if "blocks" in method.needs_now():
+    if matrix is not None and "blocks" in needs:
         whole: dict[str, Any] = {
             "block_names": ("all",),
             "block_sizes": (jacobian.shape[1],),
@@ -325,6 +328,18 @@ def backward(
 
 
 # ---- private
+
+
+def _as_number(loss: Any) -> torch.Tensor:
+    # A Python number is float64; torch would round it to its default dtype.
+    return loss if isinstance(loss, torch.Tensor) else torch.as_tensor(loss, dtype=torch.float64)
+
+
+def _largest_by_row(jacobian: torch.Tensor) -> torch.Tensor:
+    if jacobian.shape[1] == 0:
+        return jacobian.new_zeros(jacobian.shape[0])
+    largest: torch.Tensor = torch.linalg.vector_norm(jacobian, ord=float("inf"), dim=1)
+    return largest
 
 
 def _weighting(

@@ -51,7 +51,7 @@ def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = Fal
     host = to_host([*graph.losses, products, *largest])
     losses, matrix = numbers(host[:tasks]), host[tasks] if split is None else host[tasks].sum(axis=0)
     check_losses(names, losses)
-    check_gradients(names, matrix, graph.space)
+    check_gradients(names, matrix.diagonal(), graph.space)
     check_own(names, graph.own, numbers(host[tasks + 1 :]))
     gradients = TaskGradients(
         names=names,

@@ -66,7 +66,7 @@ class Roles:
         stopped: True if gradients must be stopped at the features by hand: one feature is computed from another, or a
             loss also reaches past them what lies behind them. Autograd would carry the rest of the way on, and the
             encoder's part would count twice.
-        entwined: True if the graphs of two heads, or of a head and the encoder, have nodes in common.
+        entwined: True if the graphs of two heads have nodes in common.
     """
 
     encoder: list[torch.Tensor]
@@ -124,7 +124,6 @@ def assign_roles(
     ]
     encoder = list(dict.fromkeys(leaf for found in behind for leaf in found.leaves))
     inside = set(encoder)
-    entwined = heads.overlap or any(leaf in inside for leaf in heads.leaves)
     if shared is not None:
         chosen = set(trainable(shared))
         if chosen and not chosen & (inside | set(heads.leaves)):
@@ -153,7 +152,7 @@ def assign_roles(
         own=by_task({leaf: mask for leaf, mask in heads.leaves.items() if leaf in apart}, tasks),
         stopped=any(found.stops for found in behind)
         or any(leaf in inside for leaf in heads.leaves if leaf in chosen),
-        entwined=entwined,
+        entwined=heads.overlap,
     )
 
 
@@ -180,7 +179,7 @@ def features_pass(
     with _stopped_at(features) if roles.stopped else nullcontext():
         for task, loss in enumerate(losses):
             past, mine = roles.past[task], roles.own[task]
-            keep = retain_graph or roles.stopped or (roles.entwined and (task < last or bool(roles.encoder)))
+            keep = retain_graph or roles.stopped or (roles.entwined and task < last)
             found = gradients_of([loss], [*features, *past, *mine], None, retain_graph=keep)
             layout.write(jacobian[task], found[: len(features)])
             used = [before or g is not None for before, g in zip(used, found[: len(features)], strict=True)]

@@ -20,7 +20,7 @@ from detente.geometry.pivoting import EPS, independent
 # Newton steps; 5 to 40 are taken.
 STEPS = 500
 # How many of the first ones may be replaced by a sweep over the tasks where norms enter the equation.
-SWEEPS = 20
+SWEEPS = 60
 # Numbers whose sum is this much smaller than the sum of their magnitudes count as adding up to zero.
 BALANCED = 1e-6
 

@@ -155,10 +155,10 @@ def simplex_residual(gramian: ArrayLike, weights: ArrayLike) -> float | Array:
         ValueError: not a Gramian, or shapes that do not belong together.
 
     Example:
-        >>> simplex_residual([[1.0, 0.0], [0.0, 4.0]], [0.8, 0.2])
+        >>> simplex_residual([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5])
         0.0
-        >>> round(simplex_residual([[1.0, 0.0], [0.0, 4.0]], [0.5, 0.5]), 3)
-        0.429
+        >>> simplex_residual([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.0])
+        1.0
     """
     gram = validated(gramian)
     alpha = np.asarray(weights, dtype=np.float64)

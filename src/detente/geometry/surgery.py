@@ -9,6 +9,8 @@ block of parameters) is treated together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -74,14 +76,14 @@ def project_conflicts(gramian: ArrayLike, order: Order) -> Array:
                [1. , 1. ]])
     """
     norms, cosines = unit_rows(gramian)
-    tasks = norms.shape[-1]
-    rows = np.arange(tasks)
-    made, inner = _start(cosines)
-    for partner in order.T:
-        conflict = np.minimum(inner[..., rows, partner], 0.0)
-        if conflict.any():
-            made[..., rows, partner] -= conflict
-            inner -= conflict[..., None] * cosines[..., partner, :]
+    units, made, inner = _start(cosines)
+    rows = np.arange(len(made))
+    for partner, source in _partners(order, len(made)):
+        conflict = inner[rows, partner]
+        if conflict.min() < 0:
+            conflict = np.minimum(conflict, 0.0)
+            made[rows, partner] -= conflict
+            inner -= conflict[:, None] * units[source]
     return _transform(made, inner, norms)
 
 
@@ -111,44 +113,66 @@ def raise_cosines(gramian: ArrayLike, targets: ArrayLike, order: Order, beta: fl
         ([[1.0, 0.6], [0.6, 1.0]], [[0.0, -0.3], [-0.3, 0.0]])
     """
     norms, cosines = unit_rows(gramian)
-    tasks = norms.shape[-1]
-    moved = np.array(targets, dtype=np.float64)
-    rows = np.arange(tasks)
-    made, inner = _start(cosines)
-    for partner in order.T:
-        length, alive = _lengths(made, inner)
-        alive &= (norms > 0) & (norms[..., partner] > 0)
-        found = np.divide(inner[..., rows, partner], length, out=np.zeros_like(length), where=alive)
-        found = found.clip(-1.0, 1.0)
-        target = moved[..., rows, partner]
-        low = alive & (found < target - BELOW)
+    units, made, inner = _start(cosines)
+    rows = np.arange(len(made))
+    moved = np.array(targets, dtype=np.float64).reshape(units.shape)
+    present = norms.reshape(-1) > 0
+    length, alive = np.ones(len(made)), present
+    for partner, source in _partners(order, len(made)):
+        defined = alive & present[source]
+        found = inner[rows, partner] / length
+        found = np.maximum(np.minimum(found, 1.0), -1.0)
+        target = moved[rows, partner]
+        low = defined & (found < target - BELOW)
+        moved[rows, partner] = np.where(defined, (1 - beta) * target + beta * found, target)
         if low.any():
             aim = np.minimum(target, LARGEST_TARGET)
             sine = np.sqrt(1 - aim**2)
-            sine = np.where(sine > 0, sine, 1.0)  # a target of -1, below which nothing is
-            added = np.where(low, length * (aim * np.sqrt(1 - found**2) / sine - found), 0.0).clip(0.0)
-            made[..., rows, partner] += added
-            inner += added[..., None] * cosines[..., partner, :]
-        moved[..., rows, partner] = np.where(alive, (1 - beta) * target + beta * found, target)
-    return _transform(made, inner, norms), moved
+            sine[sine == 0] = 1.0  # a target of -1, below which nothing is
+            added = length * (aim * np.sqrt(1 - found**2) / sine - found)
+            added = np.where(low, np.maximum(added, 0.0), 0.0)
+            made[rows, partner] += added
+            inner += added[:, None] * units[source]
+            length, alive = _lengths(made, inner)
+            alive &= present
+    return _transform(made, inner, norms), moved.reshape(cosines.shape)
 
 
-def _start(cosines: Array) -> tuple[Array, Array]:
-    """Coefficients of the untouched gradients, and the inner products of their units with all units."""
-    made = np.zeros_like(cosines)
-    diagonal = np.arange(cosines.shape[-1])
-    made[..., diagonal, diagonal] = 1.0
-    return made, cosines.copy()
+def _start(cosines: Array) -> tuple[Array, Array, Array]:
+    """Unit Gramians, coefficients of the untouched gradients and their inner products with all units, as rows [N, T].
+
+    A batch of B Gramians is N = B T rows, one below the other.
+    """
+    tasks = cosines.shape[-1]
+    units = cosines.reshape(-1, tasks)
+    made = np.eye(tasks)
+    if len(units) > tasks:
+        made = np.tile(made, (len(units) // tasks, 1))
+    return units, made, units.copy()
+
+
+def _partners(order: Order, rows: int) -> Iterator[tuple[Order, Order]]:
+    """For each step whom each row meets: the task [N], and the row [N] where that one's unit Gramian stands."""
+    tasks = len(order)
+    first = np.arange(rows) // tasks * tasks
+    for column in order.T:
+        partner = column if rows == tasks else np.tile(column, rows // tasks)
+        yield partner, partner + first
 
 
 def _lengths(made: Array, inner: Array) -> tuple[Array, NDArray[np.bool_]]:
-    """[..., T] lengths of the running gradients, in units of the given ones, and which of them are no mere rounding."""
-    squares = (made * inner).sum(axis=-1)
-    alive = squares > VANISHING * made.shape[-1] * np.abs(made).sum(axis=-1) ** 2
-    return np.sqrt(np.where(alive, squares, 0.0)), alive
+    """[N] lengths of the running gradients in units of the given ones (1 where it vanishes), and which have one."""
+    squares = np.einsum("ij,ij->i", made, inner)
+    alive = squares > VANISHING * made.shape[1] * np.abs(made).sum(axis=1) ** 2
+    squares[~alive] = 1.0
+    return np.sqrt(squares), alive
 
 
 def _transform(made: Array, inner: Array, norms: Array) -> Array:
-    made = np.where(_lengths(made, inner)[1][..., None], made, 0.0)
-    divisor = np.where(norms > 0, norms, 1.0)  # nothing is ever added of a gradient that vanishes
-    return made * (divisor[..., :, None] / divisor[..., None, :])
+    """[..., T, T] the altered gradients in terms of the given ones instead of their units; rounding taken out."""
+    made[~_lengths(made, inner)[1]] = 0.0
+    tasks = norms.shape[-1]
+    divisor = (
+        norms if norms.all() else np.where(norms > 0, norms, 1.0)
+    )  # nothing is added of a vanishing gradient
+    return made.reshape(*norms.shape, tasks) * (divisor[..., :, None] / divisor[..., None, :])

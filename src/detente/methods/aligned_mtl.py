@@ -32,6 +32,9 @@ class AlignedMTL(Method):
     float32 the Gramian loses a direction near the Pareto front and the step jumps along it; with one at the level of
     float64 the same formula creeps.
 
+    When to use it: gradients that conflict and differ in length, with all tasks, or a given preference, to count. Cost:
+    the task gradients and an eigendecomposition of their Gramian.
+
     Args:
         scale: ``min``: s = √λ_min; ``median``: √(lower median λ); ``rmse``: √(mean λ); all over the kept rank.
         preference: relative importance of the tasks, by name or position; used as given.

@@ -65,9 +65,11 @@ class GradDrop(Method):
         """The sum of what passed."""
         jacobian = gradients.jacobian
         assert jacobian is not None
-        total = jacobian.sum(dim=0)
-        size = torch.linalg.vector_norm(jacobian, ord=1, dim=0)
-        # One gives ½ (total + size) for the positive parts' sum, without a copy of the [T, P] gradients.
+        total = everything = jacobian.sum(dim=0)
+        size = jacobian[0].abs()
+        for row in jacobian[1:]:  # row by row: no copy of the [T, P] gradients
+            size += row.abs()
+        # The positive parts add up to ½ (total + size), the negative ones to ½ (total - size).
         purity = torch.where(size > 0, total / size, 0)
         sign = None
         if gradients.activations is not None:
@@ -80,5 +82,5 @@ class GradDrop(Method):
             total = torch.where(sign == 0, 0, total)
         direction = torch.where(size > 0, 0.5 * (total + passed), 0)
         if self.leak > 0:
-            direction = torch.lerp(direction, jacobian.sum(dim=0), self.leak)
+            direction = torch.lerp(direction, everything, self.leak)
         return Combination(direction=direction)

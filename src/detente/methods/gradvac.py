@@ -106,11 +106,12 @@ class GradVac(Method):
                 f"gradvac(group={self.group!r}) remembers {known.shape[2]} groups and was given {groups}. Name the "
                 "shared parameters with shared=, so that they stay the same, or create a new method."
             )
-        at = np.ix_(self.positions(gradients.names), self.positions(gradients.names))
+        everyone = gradients.names == self.tasks
+        places = () if everyone else np.ix_(*[self.positions(gradients.names)] * 2)
         order = visiting_order(self.order, gradients.tasks, self.generator)
-        transforms, targets = raise_cosines(gramians, np.moveaxis(known[at], 2, 0), order, self.beta)
-        known = known.copy()
-        known[at] = np.moveaxis(targets, 0, 2)
+        transforms, targets = raise_cosines(gramians, known[places].transpose(2, 0, 1), order, self.beta)
+        known = np.array(known)
+        known[places] = targets.transpose(1, 2, 0)
         self.targets = torch.from_numpy(known)
         status: Literal["ok", "stationary"] = "ok" if transforms.any() else "stationary"
         weights = torch.from_numpy(transforms.sum(axis=1))

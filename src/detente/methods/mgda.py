@@ -34,6 +34,9 @@ class MGDA(Method):
     The direction counts as zero when ‖Σ α_t g_t‖² is below 16 T machine epsilons (float64) of (Σ α_t ‖g_t‖)², a
     relative length of about 6e-8 √T.
 
+    When to use it: no task may get worse, and a short step is welcome where tasks conflict; the smallest gradient
+    decides its length. Cost: the task gradients and a small problem in T numbers.
+
     Args:
         solver: ``exact`` or ``frank-wolfe`` (Algorithm 2 of Sener & Koltun 2018).
         normalize: gradients the problem is solved on: ``none``; ``l2``: g / ‖g‖; ``loss``: g / L; ``loss+``:

@@ -75,7 +75,9 @@ class PCGrad(Method):
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The projections, as a transform of the task gradients."""
-        return self.solve_blocks([gradients])[0]
+        assert gradients.gramian is not None
+        order = visiting_order(self.order, gradients.tasks, self.generator)
+        return self._combination(project_conflicts(gradients.gramian, order))
 
     def solve_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
         """All blocks at once, with the same order in each."""
@@ -99,6 +101,6 @@ def visiting_order(order: str, tasks: int, generator: torch.Generator | None) ->
         >>> visiting_order("fixed", 3, None).tolist()
         [[1, 2], [0, 2], [0, 1]]
     """
-    if order == "fixed" or tasks == 1:
+    if order == "fixed" or tasks <= 2:  # there is one order only
         return ascending(tasks)
     return shuffled(torch.rand(tasks, tasks, dtype=torch.float64, generator=generator).numpy())

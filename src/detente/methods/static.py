@@ -15,7 +15,11 @@ class Static(Method):
     """Fixed weights: descend along a weighted sum of the task losses.
 
     The tuned member of this family is the opponent every balancing method has to beat: each point of a simplex
-    grid of weights is one candidate of the papers' grid search (Sener & Koltun 2018, section 4, baseline iii).
+    grid of weights is one candidate of the papers' grid search (Sener & Koltun 2018, section 4, baseline iii). The
+    direction is Σ w_t g_t.
+
+    When to use it: always before anything else, with the weights tuned on validation data. Cost: none beyond the plain
+    backward; one training run for each candidate.
 
     Args:
         weights: one number >= 0 per task, by name or by position; None is 1 for every task. A task absent from a

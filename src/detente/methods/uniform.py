@@ -15,7 +15,10 @@ from detente.values import Combination, TaskGradients
 class Uniform(Method):
     """Uniform weights: descend along the sum (or the mean) of the task losses.
 
-    The baseline every method is compared with, and what ``sum(losses).backward()`` does.
+    The direction is Σ g_t, or Σ g_t / T: the baseline every method is compared with, and what
+    ``sum(losses).backward()`` does.
+
+    When to use it: first, to have something to compare with. Cost: none beyond the plain backward.
 
     Args:
         reduce: ``sum`` gives every loss weight 1, ``mean`` weight 1/T for the T tasks present (the objective

@@ -81,7 +81,7 @@ def train(
     """
     method = create_method(problem, config)
     config.baselines(problem.tasks)  # what is missing is told before anything is written
-    described = describe(type(method))
+    described = describe(method)
     space = config.gradients if described.takes_gradients else "none"
     if space != "none" and space not in described.spaces:
         raise ValueError(
@@ -119,7 +119,7 @@ def create_method(problem: Problem, config: TrainingConfig) -> Method:
     """The method a configuration asks for; a random one is seeded with the run's seed unless told otherwise."""
     options = config.method_options()
     method = create(config.method, **options)
-    if "seed" in describe(type(method)).options:
+    if "seed" in describe(method).options:
         options.setdefault("seed", config.seed)
     return create(config.method, tasks=tuple(problem.tasks), **options)
 
@@ -183,7 +183,7 @@ class _Run:
             records,
             stored,
         )
-        self.info = describe(type(method))
+        self.info = describe(method)
         self.quiet = quiet
         fabric = Fabric(accelerator="auto", devices=1)
         self.module = problem.model()
