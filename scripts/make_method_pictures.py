@@ -26,7 +26,7 @@ from detente.reports.style import PALETTE
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "methods"
 SCALES: Scales = "nash-mtl"  # the losses differ by a factor of ten: conflict and unequal size in one picture
-STEPS, LR, STRIDE = 4000, 1e-2, 20
+STEPS, LR, STRIDE = 6000, 1e-2, 20
 NEAR = 0.5  # an end this close to the Pareto set has arrived
 LARGEST = 60_000  # bytes of one picture
 
@@ -93,6 +93,7 @@ def facts(descent: Descent, raised: bool) -> dict[str, Any]:
         "ends": [[round(value, 3) for value in end] for end in ends.tolist()],
         "distance_to_pareto_set": [round(value, 3) for value in distance.tolist()],
         "refused": descent.refused,
+        "stationary": descent.stationary,
         "stopped": descent.stopped,
     }
 
@@ -119,7 +120,7 @@ def drawing(descent: Descent) -> bytes:
         for path, colour in zip(descent.paths, COLOURS, strict=True):
             losses = toy.losses(path).numpy() / factors
             for axes, points in ((plane, path.numpy()), (values, losses)):
-                axes.plot(*points.T, color=colour, linewidth=1.6, zorder=5, clip_on=True)
+                axes.plot(*points.T, color=colour, linewidth=1.6, zorder=5)
                 axes.plot(
                     *points[0], "o", color="white", markeredgecolor=colour, markeredgewidth=1.6, zorder=6
                 )

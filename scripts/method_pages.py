@@ -176,6 +176,8 @@ def path_section(name: str, paths: Mapping[str, Any], picture: bool) -> str:
         happened = []
         if entry["refused"][number]:
             happened.append(f"{entry['refused'][number]} steps refused")
+        if entry["stationary"][number]:
+            happened.append(f"{entry['stationary'][number]} steps with a direction of zero")
         if entry["stopped"][number]:
             happened.append("stopped: " + prose(entry["stopped"][number]))
         x, y = entry["ends"][number]

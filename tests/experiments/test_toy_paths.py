@@ -137,6 +137,14 @@ def test_a_refused_step_moves_nothing() -> None:
     assert "after" not in [entry[0] for entry in SEEN[:4]]
 
 
+def test_steps_without_a_direction_are_counted() -> None:
+    """On the way down the left bowl the two gradients are never opposite; on the Pareto set of mgda they are."""
+    optimum = tuple(Toy().optimum((0.5, 0.5)).tolist())
+    found = descend(Toy(), "mgda", starts=[optimum, (-5, -4)], steps=3, lr=1e-2)
+    assert found.stationary == (3, 0)
+    assert torch.equal(found.paths[0, 0], found.paths[0, -1])
+
+
 def test_a_rejected_input_stops_that_start_and_says_why() -> None:
     found = descend(Toy(), "probe", options={"fail": True}, starts=[(-5, -8), (5, -8)], steps=5, lr=1e-2)
     assert found.stopped == ("this probe was asked to fail", None)

@@ -334,7 +334,7 @@ def test_log_stch_warms_up_and_then_equals_its_formula() -> None:
 
 def test_log_stch_with_a_preference() -> None:
     method = detente.create("stch", mu=0.5, warmup_epochs=0, preference={"a": 3.0, "b": 1.0})
-    losses = torch.tensor([0.4, 3.0]).double()
+    losses = torch.tensor([0.4, 3.0], dtype=torch.float64)
     lean = torch.tensor([1.5, 0.5]).double()
     expected = slopes(lambda x: 2 * 0.5 * torch.logsumexp(lean * x.log() / 0.5, dim=0), losses)
     close(weights_of(method, {"a": 0.4, "b": 3.0}), expected)

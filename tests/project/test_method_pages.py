@@ -228,3 +228,7 @@ def test_the_docs_build_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "methods" / "mgda" / "index.html").exists()
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text("utf-8")
+    assert "<blockquote>" not in reference, (
+        "an example is shown as a quotation: see scripts/griffe_examples.py"
+    )

@@ -126,7 +126,8 @@ def test_named_parameters_in_every_mode(method: detente.Method) -> None:
         assert critic.weight.grad is None
 
 
-def test_with_one_named_everything_else_has_the_other_role() -> None:
+@pytest.mark.parametrize("memory", ["fast", "batched"])
+def test_with_one_named_everything_else_has_the_other_role(memory: Any) -> None:
     net = Net()
     for names, shared in (
         ({"shared": net.last}, list(net.last.parameters())),
@@ -150,7 +151,7 @@ def test_with_one_named_everything_else_has_the_other_role() -> None:
             ]
             weights = reaching if id(parameter) in ids else [1] * len(terms)
             want.append(sum(w * g for w, g in zip(weights, terms, strict=True)))
-        record = detente.backward(losses, Spy(weights=(1, 2, 3)), **names)
+        record = detente.backward(losses, Spy(weights=(1, 2, 3)), memory=memory, **names)
         assert_grads(net.parameters(), want)
         assert bool(record.notes) == (not shared)
 

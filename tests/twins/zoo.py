@@ -23,14 +23,12 @@ class Specimen:
         heads: makes the losses from them.
         parameters: everything that may receive a gradient.
         layer: shared parameters to solve on.
-        vectorises: False if an operation has no ``torch.vmap``.
     """
 
     encode: Callable[[], Features]
     heads: Callable[[Features], dict[str, torch.Tensor]]
     parameters: list[torch.Tensor]
     layer: list[torch.Tensor] = field(default_factory=list)
-    vectorises: bool = True
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -187,7 +185,7 @@ class _Checkpointed(nn.Module):
 
 def checkpointed() -> Specimen:
     first = _Checkpointed(nn.Sequential(_linear(3, 5), nn.Dropout(0.3), nn.Tanh()))
-    return _around(nn.Sequential(first, _Checkpointed(_linear(5, 4))), _input(6, 3), 4, vectorises=False)
+    return _around(nn.Sequential(first, _Checkpointed(_linear(5, 4))), _input(6, 3), 4)
 
 
 def several_features() -> Specimen:
@@ -295,7 +293,6 @@ def sparse_embeddings() -> Specimen:
         lambda z: _two(z[0] * own(others), right(z[0])),
         _of(shared, own, trunk, right),
         [trunk.weight],
-        vectorises=False,
     )
 
 
@@ -392,6 +389,9 @@ def one_grouped_head() -> Specimen:
 
     return Specimen(lambda: [trunk(x)], heads, _of(trunk, head), [trunk.weight])
 
+
+NO_VMAP = frozenset({"checkpointed", "sparse_embeddings"})
+"""Models with an operation that cannot be vectorised."""
 
 ZOO: dict[str, Callable[[], Specimen]] = {
     make.__name__: make

@@ -24,6 +24,7 @@ class Descent:
         paths: [S, K, D] float64: K points of each of the S paths, the start first.
         steps: [K] the number of steps taken before each of these points.
         refused: for each start the number of steps the method refused; the point then stayed where it was.
+        stationary: for each start the number of steps with a direction of exactly zero; Adam may still move.
         stopped: for each start why its path ended early (the method rejected its input, or the point left the finite
             numbers), or None. The remaining points repeat the last.
 
@@ -36,6 +37,7 @@ class Descent:
     paths: torch.Tensor
     steps: tuple[int, ...]
     refused: tuple[int, ...]
+    stationary: tuple[int, ...]
     stopped: tuple[str | None, ...]
 
 
@@ -107,6 +109,7 @@ def descend(
         torch.from_numpy(np.stack(kept, axis=1)),
         tuple(numbers),
         tuple(walker.refused for walker in walkers),
+        tuple(walker.stationary for walker in walkers),
         tuple(walker.stopped for walker in walkers),
     )
 
@@ -118,7 +121,7 @@ class _Walker:
         self.method, self.tasks = method, tasks
         self.wants_losses_after = "after_step" in info_of(method).needs
         self.stepped = False
-        self.refused = 0
+        self.refused = self.stationary = 0
         self.stopped: str | None = None
 
     def ask(self, losses: np.ndarray, jacobian: torch.Tensor, gramian: np.ndarray) -> np.ndarray | None:
@@ -155,6 +158,7 @@ class _Walker:
         if not combination.accepted:
             self.refused += 1
             return None
+        self.stationary += combination.status == "stationary"
         assert combination.direction is not None
         return combination.direction.numpy()
 

@@ -41,6 +41,7 @@ from detente.geometry.simplex import minimum_norm_point
 
 # A squared length below this times T and the terms summed for it cannot be told from zero (as for `mgda`).
 NOTHING = 16 * EPS
+NO_PREFERENCE = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,35 @@ def dual_cone_projections(gramian: ArrayLike) -> tuple[Array, bool]:
         array([[1. , 0.5],
                [1. , 1. ]])
     """
-    norms, cosines, _ = _prepare(gramian, np.zeros(0))
+    norms, cosines, _ = _prepare(gramian, NO_PREFERENCE)
     tasks = len(norms)
-    magnitudes = np.abs(cosines)
-    scaled = nonnegative_minimisers(cosines, cosines, magnitudes)
-    own = scaled + np.eye(tasks)
-    squares = (own @ cosines).diagonal()
-    vanishes = bool((squares <= NOTHING * tasks * (own @ magnitudes).diagonal()).all())
-    longest = norms.max()
-    lengths = norms / longest if longest > 0 else np.ones(tasks)
-    transform = _over(lengths[:, None] * scaled, lengths)
-    transform.flat[:: tasks + 1] += 1.0
-    return transform, vanishes
+    if (cosines >= 0).all():
+        return np.eye(tasks), not norms.any()
+    present = np.flatnonzero(norms)
+    if len(present) < tasks:  # a zero gradient asks for nothing and gives nothing
+        part = np.ix_(present, present)
+        transform = np.eye(tasks)
+        transform[part], vanishes = _projections(norms[present], cosines[part])
+        return transform, vanishes
+    return _projections(norms, cosines)
+
+
+def _projections(norms: Array, cosines: Array) -> tuple[Array, bool]:
+    """Weights of the projections of gradients of positive length, and whether all vanish."""
+    magnitudes, regular = np.abs(cosines), independent(cosines)
+    scaled = None if regular else _all_vanish(cosines)
+    if scaled is None:
+        scaled = nonnegative_minimisers(cosines, cosines, magnitudes, regular=regular)
+    own = scaled.copy()
+    own.flat[:: len(own) + 1] += 1.0
+    vanishes = False
+    if not regular:
+        sizes = (own @ magnitudes).diagonal()
+        vanishes = bool(((own @ cosines).diagonal() <= NOTHING * len(own) * sizes).all())
+    relative = norms / norms.max()
+    scaled *= relative[:, None] / relative
+    scaled.flat[:: len(own) + 1] += 1.0
+    return scaled, vanishes
 
 
 def conflict_averse(gramian: ArrayLike, preference: ArrayLike, radius: float) -> Nearest:
@@ -277,7 +295,9 @@ def _settle(
 ) -> tuple[Array, float]:
     if not independent(problem.cosines):
         solution, level = _bracket(problem, closure, excess, ceiling, regular=False)
-        return shortest(problem.cosines, *problem.at(level), solution), level
+        even = shortest(problem.cosines, *problem.at(level), solution)
+        kept = abs(excess(even)) <= VIOLATED * abs(excess(np.zeros(len(even))))
+        return (even if kept else solution), level
     support = np.ones(len(problem.limits), dtype=bool)
     for _ in range(12):
         found = _on_support(problem, support, closure)
@@ -317,8 +337,9 @@ def _judge(problem: _Problem, support: Support, solution: Array, level: float) -
     unsigned = problem.magnitudes @ absolute + sizes
     gaps = problem.cosines @ solution + linear
     wrong = np.where(support, solution < 0, gaps < -VIOLATED * unsigned)
-    outside = np.where(support, 0.0, -gaps / np.where(unsigned > 0, unsigned, 1.0)).max()
-    return wrong, max(float(outside), -float(solution.min()) / (float(absolute.max()) or 1.0))
+    sizes = np.where(unsigned > 0, unsigned, 1.0)
+    missed = (np.where(support, np.abs(gaps), -gaps) / sizes).max()
+    return wrong, max(float(missed), -float(solution.min()) / (float(absolute.max()) or 1.0))
 
 
 def _bracket(
@@ -342,8 +363,8 @@ def _bracket(
             guess = candidate[1]
             if violation < smallest:
                 best, reached, smallest = np.maximum(candidate[0], 0.0), guess, violation
-            if not wrong.any():
-                return best, reached
+            if violation <= ACCEPTED and not wrong.any():
+                return np.maximum(candidate[0], 0.0), guess
         width = high - low
         if low < guess < high and slow < 3:
             level = guess
@@ -382,9 +403,35 @@ def _bracket(
 
 
 def hull_holds_zero(cosines: Array) -> bool:
-    """True if the convex hull of unit gradients holds 0 to rounding."""
+    """True if the convex hull of unit gradients holds 0 to rounding.
+
+    Args:
+        cosines: [T, T] inner products of the gradients scaled to unit length.
+    """
     weights = minimum_norm_point(cosines)
     return bool(weights @ cosines @ weights <= NOTHING * len(weights) * (weights @ np.abs(cosines) @ weights))
+
+
+def _all_vanish(cosines: Array) -> Array | None:
+    """Row t: x ≥ 0 with u_t + Σ x_i u_i = 0, where a vanishing positive combination spans everything; None elsewhere.
+
+    All projections onto the dual cone are then zero, and T problems are one linear system.
+    """
+    tasks = len(cosines)
+    shares = minimum_norm_point(cosines)
+    if float(shares @ cosines @ shares) > NOTHING * tasks * float(shares @ np.abs(cosines) @ shares):
+        return None
+    inside = np.flatnonzero(shares > 1e-9 * shares.max())
+    values, vectors = np.linalg.eigh(cosines[np.ix_(inside, inside)])
+    kept = values > 32 * tasks * EPS * values[-1]
+    basis = vectors[:, kept]
+    solution = np.zeros((tasks, tasks))
+    solution[:, inside] = (-cosines[:, inside] @ basis / values[kept]) @ basis.T
+    own = solution + np.eye(tasks)
+    if (np.abs(own @ cosines) > ACCEPTED * (np.abs(own) @ np.abs(cosines))).any():
+        return None  # the support spans less
+    lift = np.maximum(-solution[:, inside] / shares[inside], 0.0).max(axis=1)
+    return np.asarray(np.maximum(solution + lift[:, None] * shares, 0.0))
 
 
 def _capped(problem: _Problem, target: float) -> Nearest:

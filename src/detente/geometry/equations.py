@@ -1,9 +1,9 @@
-"""Equations for weights in which every task's projection on the direction is prescribed.
+"""Equations that prescribe every task's projection on the direction.
 
 * Gw = w^(−1/α): the α-fair bargaining solution (Ban & Ji 2024); α = 1 is Nash's (Navon et al. 2022).
-* equal projections on the unit gradients: IMTL-G (Liu et al. 2021) and ConFIG (Liu et al. 2024).
+* equal angles with all gradients, in the sense of least squares: ConFIG (Liu et al. 2024).
 
-All are solved for the coefficients β_i = w_i‖g_i‖ of the unit gradients, in which G becomes the matrix C of cosines.
+Both are solved for the coefficients β_i = w_i‖g_i‖ of the unit gradients, in which G becomes the matrix C of cosines.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from numpy.typing import ArrayLike
 from detente.geometry.dual_cone import hull_holds_zero
 from detente.geometry.gramian import Array, unit_rows
 from detente.geometry.pivoting import EPS, independent
+from detente.geometry.pseudoinverse import inverse_times_ones
 
 # Newton steps; 5 to 40 are taken.
 STEPS = 500
 # How many of the first ones may be replaced by a sweep over the tasks where norms enter the equation.
 SWEEPS = 60
-# Numbers whose sum is this much smaller than the sum of their magnitudes count as adding up to zero.
-BALANCED = 1e-6
+# A vector of ones of which this part, squared, lies in the range is orthogonal to it.
+NOTHING_LEFT = 1e-12
 
 
 def fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Array | None:
@@ -93,57 +94,6 @@ def fair_residual(gramian: ArrayLike, weights: ArrayLike, alpha: float = 1.0) ->
     return float((np.abs(cosines @ beta - wanted) / sizes).max())
 
 
-def equal_projections(gramian: ArrayLike) -> tuple[Array | None, bool]:
-    """Weights with sum 1 whose direction has the same projection on every unit gradient.
-
-    With U the unit gradients the coefficients solve Cβ = s·1 (Liu et al. 2021, equation 4, which writes it as
-    (T−1)-dimensional system), w_i = β_i/‖g_i‖ scaled to sum 1; weights may be negative. Where the affine hull of the
-    gradients holds 0, the zero vector has equal projections and is the answer: parallel gradients of unequal length,
-    opposite ones, more than P + 1 tasks in P dimensions.
-
-    Args:
-        gramian: [T, T].
-
-    Returns:
-        Weights [T] and whether their direction is zero to rounding. Weights are None where there is no solution:
-        equal projections force the direction to zero, and the affine hull does not hold it; or no multiple of it lies
-        in the affine hull.
-
-    Raises:
-        ValueError: not one Gramian.
-
-    Example:
-        >>> equal_projections([[1.0, 0.0], [0.0, 4.0]])
-        (array([0.66666667, 0.33333333]), False)
-        >>> equal_projections([[1.0, -2.0], [-2.0, 4.0]])
-        (array([0.66666667, 0.33333333]), True)
-    """
-    norms, cosines = _one(gramian)
-    vanishing = norms == 0
-    if vanishing.any():
-        return vanishing / vanishing.sum(), True
-    limits = norms.min() / norms
-    basis, values, null = _split(cosines)
-    if null.shape[1]:
-        # Zero lies in the affine hull if a vanishing combination of the gradients has weights that do not add up to 0.
-        projector = null @ null.T
-        parts, terms = projector @ limits, np.abs(projector) @ limits
-        involved = projector.diagonal() > 1e-12
-        if (np.abs(parts) > BALANCED * terms)[involved].any():
-            weights = parts * limits
-            return weights / weights.sum(), True
-        beta = _least(cosines, basis, values)
-        if np.abs(cosines @ beta - 1.0).max() > BALANCED:
-            return None, True
-    else:
-        beta = np.asarray(np.linalg.solve(cosines, np.ones(len(norms))), dtype=np.float64)
-    weights = beta * limits
-    total = float(weights.sum())
-    if abs(total) <= len(norms) * EPS * float(np.abs(weights).sum()):
-        return None, True
-    return weights / total, False
-
-
 def unit_direction(gramian: ArrayLike) -> tuple[Array, bool]:
     """Weights of ConFIG: a direction equally inclined to all gradients, as long as their projections on it add up to.
 
@@ -170,15 +120,9 @@ def unit_direction(gramian: ArrayLike) -> tuple[Array, bool]:
     if not len(present):
         return weights, True
     lengths, part = norms[present], cosines[np.ix_(present, present)]
-    basis, values, null = _split(part)
-    shares = basis.sum(axis=0)
-    if float(shares @ shares) <= 1e-12 * len(present):
+    beta, inclined, _ = inverse_times_ones(part)
+    if float(inclined @ inclined) <= NOTHING_LEFT * len(present):
         return weights, True
-    if null.shape[1]:
-        beta, inclined = _least(part, basis, values), basis @ shares
-    else:
-        inclined = np.ones(len(present))
-        beta = np.asarray(np.linalg.solve(part, inclined), dtype=np.float64)
     relative = lengths / lengths.max()
     factor = float(relative @ inclined) / float(beta @ inclined)
     weights[present] = factor * beta / relative
@@ -194,19 +138,6 @@ def _one(gramian: ArrayLike) -> tuple[Array, Array]:
     if norms.ndim != 1:
         raise ValueError(f"give one Gramian [T, T], not a batch {[*norms.shape, norms.shape[-1]]}.")
     return norms, cosines
-
-
-def _split(cosines: Array) -> tuple[Array, Array, Array]:
-    """Eigenvectors of the range, their eigenvalues, and those of what cannot be told from the null space."""
-    values, vectors = np.linalg.eigh(cosines)
-    kept = values > 32 * len(values) * EPS * values[-1]
-    return vectors[:, kept], values[kept], vectors[:, ~kept]
-
-
-def _least(cosines: Array, basis: Array, values: Array) -> Array:
-    """C⁺1, refined once: small eigenvalues are known to few digits of their own."""
-    beta = basis @ (basis.sum(axis=0) / values)
-    return np.asarray(beta + basis @ ((basis.T @ (1.0 - cosines @ beta)) / values))
 
 
 def _newton(cosines: Array, logs: Array, power: float, alpha: float, beta: Array) -> Array:

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from detente.geometry.gramian import Array, unit_rows
+from detente.geometry.pseudoinverse import inverse_times_ones
 
-EPS = float(np.finfo(np.float64).eps)
-# Eigenvalues of the cosines below this times T are rounding.
-SINGULAR = 16 * EPS
 # Sums of signed terms below this, relative to the terms' size, are zero.
 CANCELLED = 1e-10
+# Equal gradients whose norms differ by less than this, as those of float32 may, are equal.
+EQUAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ def equal_projections(gramian: ArrayLike) -> EqualProjections:
     if vanishing.any():
         return EqualProjections(vanishing / vanishing.sum(), "zero")
     shorter = norms.min() / norms  # in (0, 1]: 1 / ‖g_i‖ in units that neither overflow nor vanish
-    values, vectors = np.linalg.eigh(cosines)
-    kept = values > SINGULAR * len(norms)
-    kernel = vectors[:, ~kept]
-    inside = kernel.T @ shorter
-    if np.linalg.norm(inside) > CANCELLED * np.linalg.norm(shorter):
-        return EqualProjections((kernel @ inside) * shorter / (inside @ inside), "zero")
-    solution = vectors[:, kept] @ (vectors[:, kept].sum(axis=0) / values[kept])
+    solution, _, kernel = inverse_times_ones(cosines)
+    if kernel.shape[1]:
+        projector = kernel @ kernel.T
+        inside, terms = projector @ shorter, np.abs(projector) @ shorter
+        # Row by row, because a short gradient's weight would hide what two long ones do.
+        if (np.abs(inside) > EQUAL * terms)[projector.diagonal() > 1e-12].any():
+            return EqualProjections(inside * shorter / (inside @ inside), "zero")
     weights = solution * shorter
     total, size = weights.sum(), np.abs(weights).sum()
-    outside = np.linalg.norm(kernel.sum(axis=0)) > CANCELLED * np.sqrt(len(norms))
+    outside = np.linalg.norm(kernel.sum(axis=0)) > EQUAL * np.sqrt(len(norms))
     if outside or not abs(total) > CANCELLED * size:
         return EqualProjections(weights / size if size > 0 else np.full(len(norms), 1 / len(norms)), "none")
     return EqualProjections(weights / total, "found")

@@ -25,6 +25,8 @@ INDEPENDENT = 1e-3
 ACCEPTED = 1e-11
 # Added to the diagonal of a singular matrix to guess a support.
 RIDGE = 1e-9
+# Up to so many tasks, a whole system is solved sooner than a part of it is cut out.
+SMALL = 12
 # Batches are solved this many float64 numbers at a time, so that they stay in the cache.
 CHUNK = 1 << 19
 
@@ -32,7 +34,11 @@ Support = NDArray[np.bool_]
 
 
 def independent(cosines: Array) -> bool:
-    """True if the unit gradients are linearly independent well beyond rounding."""
+    """True if the unit gradients are linearly independent well beyond rounding.
+
+    Args:
+        cosines: [T, T] inner products of the gradients scaled to unit length.
+    """
     try:
         return bool(np.linalg.cholesky(cosines).diagonal().min() > INDEPENDENT)
     except np.linalg.LinAlgError:
@@ -63,30 +69,44 @@ def nonnegative_minimiser(cosines: Array, linear: Array, sizes: Array) -> Array:
     return _dependent(cosines, linear, sizes) if found is None else found
 
 
-def nonnegative_minimisers(cosines: Array, linears: Array, sizes: Array) -> Array:
-    """The same for B problems [B, T] with one matrix, solved together."""
+def nonnegative_minimisers(cosines: Array, linears: Array, sizes: Array, *, regular: bool) -> Array:
+    """The same for B problems with one matrix, solved together.
+
+    Args:
+        cosines: [T, T], shared by the problems.
+        linears: [B, T] linear terms.
+        sizes: [B, T], as for one problem.
+        regular: what :func:`independent` says of the matrix.
+
+    Returns:
+        [B, T] solutions.
+    """
     rows, tasks = linears.shape
     solutions = np.zeros((rows, tasks))
-    dependent = not independent(cosines)
     # Of dependent gradients, a ridge gives the support in most cases; what it gives is held against the conditions.
-    matrix = cosines + RIDGE * np.eye(tasks) if dependent else cosines
-    magnitudes = np.abs(cosines)
+    matrix = cosines if regular else cosines + RIDGE * np.eye(tasks)
     chunk = max(1, CHUNK // (tasks * tasks))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        _pivot_together(matrix, magnitudes, linears[part], sizes[part], solutions[part])
-    if dependent:
+        for row in start + _pivot_together(matrix, linears[part], sizes[part], solutions[part]):
+            found = pivot(cosines, linears[row], sizes[row], linears[row] < 0) if regular else None
+            solutions[row] = _dependent(cosines, linears[row], sizes[row]) if found is None else found
+    if not regular:
         for row in np.flatnonzero((linears < 0).any(axis=1)):
             solutions[row] = _settled(cosines, linears[row], sizes[row], solutions[row])
     return solutions
 
 
 def pivot(matrix: Array, linear: Array, sizes: Array, start: Support) -> Array | None:
-    """X for a positive definite matrix, from a guess of its support; None if rounding keeps it from settling."""
+    """X for a positive definite matrix, from a guess of its support.
+
+    Block principal pivoting: entries that turn negative leave the support, tasks whose condition is violated
+    enter it, all at once. None if rounding keeps it from settling.
+    """
     tasks = len(linear)
     magnitudes, support = np.abs(matrix), start.copy()
     fewest, patience = tasks + 1, 8
-    for _ in range(40 + 20 * tasks):
+    for _ in range(60 + tasks):
         inside = np.flatnonzero(support)
         columns = matrix[:, inside]
         try:
@@ -113,7 +133,10 @@ def pivot(matrix: Array, linear: Array, sizes: Array, start: Support) -> Array |
 
 
 def residual(cosines: Array, linear: Array, sizes: Array, solution: Array) -> float:
-    """Largest violation of y ≥ 0 and of y_i = 0 where x_i > 0, over the terms that were summed."""
+    """Largest violation of y ≥ 0 and of y_i = 0 where x_i > 0, for y = Cx + q.
+
+    Relative to the terms that were summed, so that it is free of scale.
+    """
     gaps = cosines @ solution + linear
     unsigned = np.abs(cosines) @ np.abs(solution) + sizes
     wrong = np.where(solution > 0, np.abs(gaps), -gaps) / np.where(unsigned > 0, unsigned, 1.0)
@@ -121,7 +144,10 @@ def residual(cosines: Array, linear: Array, sizes: Array, solution: Array) -> fl
 
 
 def add_one_by_one(cosines: Array, linear: Array, sizes: Array) -> Array | None:
-    """X for a semidefinite matrix, with a support of independent gradients; None if there is no minimiser."""
+    """X for a semidefinite matrix, with a support of independent gradients.
+
+    Tasks enter one at a time, so that it ends whatever the ties. None if there is no minimiser.
+    """
     tasks = len(linear)
     magnitudes = np.abs(cosines)
     solution, support = np.zeros(tasks), np.zeros(tasks, dtype=bool)
@@ -185,7 +211,10 @@ def _enter(
 
 
 def shortest(cosines: Array, linear: Array, sizes: Array, solution: Array) -> Array:
-    """Of all minimisers the one of smallest length, if a few attempts find it: equal gradients get equal shares."""
+    """Of all minimisers the one of smallest length, if a few attempts find it.
+
+    Equal gradients then get equal shares, so that permuting the tasks permutes the solution.
+    """
     unsigned = np.abs(cosines) @ solution + sizes
     accuracy = max(residual(cosines, linear, sizes, solution), VIOLATED * 10)
     face = np.flatnonzero((solution > 0) | (cosines @ solution + linear <= accuracy * unsigned))
@@ -206,7 +235,10 @@ def shortest(cosines: Array, linear: Array, sizes: Array, solution: Array) -> Ar
 
 
 def _settled(cosines: Array, linear: Array, sizes: Array, guess: Array) -> Array:
-    """The values on the support of a guess if that meets the conditions, from scratch otherwise."""
+    """The guess, or the values on its support, if that meets the conditions; from scratch otherwise."""
+    accuracy = 10 * VIOLATED * len(linear)
+    if residual(cosines, linear, sizes, guess) <= accuracy:
+        return guess
     inside = np.flatnonzero(guess > 0)
     if len(inside):
         values, vectors = np.linalg.eigh(cosines[np.ix_(inside, inside)])
@@ -214,7 +246,7 @@ def _settled(cosines: Array, linear: Array, sizes: Array, guess: Array) -> Array
         basis = vectors[:, kept]
         solution = np.zeros(len(linear))
         solution[inside] = np.maximum(basis @ ((basis.T @ -linear[inside]) / values[kept]), 0.0)
-        if residual(cosines, linear, sizes, solution) <= 10 * VIOLATED * len(linear):
+        if residual(cosines, linear, sizes, solution) <= accuracy:
             return solution
     return _dependent(cosines, linear, sizes)
 
@@ -229,30 +261,52 @@ def _dependent(cosines: Array, linear: Array, sizes: Array) -> Array:
     return shortest(cosines, linear, sizes, found)
 
 
-def _pivot_together(cosines: Array, magnitudes: Array, linears: Array, sizes: Array, out: Array) -> None:
-    """Block pivoting of B problems at once; supports are packed to the left so that systems stay small."""
+def _pivot_together(cosines: Array, linears: Array, sizes: Array, out: Array) -> NDArray[np.intp]:
+    """Block pivoting of B problems at once; supports are packed to the left so that systems stay small.
+
+    Returns the problems that did not settle.
+    """
+    magnitudes = np.abs(cosines)
     index = np.arange(len(linears))
-    support = linears < 0
+    support = linears < 0 if len(cosines) <= SMALL else _guess(cosines, magnitudes, linears)
     for _ in range(12):
-        counts = support.sum(axis=1)
-        width = int(counts.max())
         current = linears[index]
-        values = np.zeros_like(current)
-        if width:
-            order = np.argsort(~support, axis=1, kind="stable")[:, :width]
-            empty = np.arange(width) >= counts[:, None]
-            systems = cosines[order[:, :, None], order[:, None, :]]
-            systems[empty[:, :, None] | empty[:, None, :]] = 0.0
-            systems[:, range(width), range(width)] += empty
-            sides = np.where(empty, 0.0, -np.take_along_axis(current, order, axis=1))
-            np.put_along_axis(values, order, np.linalg.solve(systems, sides[..., None])[..., 0], axis=1)
+        values = _on_supports(cosines, current, support)
         unsigned = np.abs(values) @ magnitudes + sizes[index]
         wrong = np.where(support, values < 0, values @ cosines + current < -VIOLATED * unsigned)
         going = wrong.any(axis=1)
-        out[index[~going]] = values[~going]
         if not going.any():
-            return
+            out[index] = values
+            return index[:0]
+        out[index[~going]] = values[~going]
         index, support = index[going], support[going] ^ wrong[going]
-    for row, guess in zip(index, support, strict=True):
-        found = pivot(cosines, linears[row], sizes[row], guess)
-        out[row] = _dependent(cosines, linears[row], sizes[row]) if found is None else found
+    return index
+
+
+def _guess(cosines: Array, magnitudes: Array, linears: Array) -> Support:
+    """Supports after some projected gradient steps of all problems: each is one product of matrices."""
+    step = 1.0 / float(magnitudes.sum(axis=0).max())
+    values = np.maximum(-linears, 0.0)
+    for _ in range(8):
+        values = np.maximum(values - step * (values @ cosines + linears), 0.0)
+    return np.asarray(values > 0)
+
+
+def _on_supports(cosines: Array, linears: Array, support: Support) -> Array:
+    """[B, T] solutions of the systems on B supports."""
+    if len(cosines) <= SMALL:
+        both = support[:, :, None] & support[:, None, :]
+        systems = np.where(both, cosines, np.eye(len(cosines)))
+        return np.asarray(np.linalg.solve(systems, np.where(support, -linears, 0.0)[..., None])[..., 0])
+    values = np.zeros_like(linears)
+    counts = support.sum(axis=1)
+    width = int(counts.max())
+    if width:
+        order = np.argsort(~support, axis=1, kind="stable")[:, :width]
+        empty = np.arange(width) >= counts[:, None]
+        systems = cosines[order[:, :, None], order[:, None, :]]
+        systems[empty[:, :, None] | empty[:, None, :]] = 0.0
+        systems[:, range(width), range(width)] += empty
+        sides = np.where(empty, 0.0, -np.take_along_axis(linears, order, axis=1))
+        np.put_along_axis(values, order, np.linalg.solve(systems, sides[..., None])[..., 0], axis=1)
+    return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from detente.geometry.dual_cone import conflict_averse
 from detente.methods.base import Declaration, Method
+from detente.methods.checks import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -20,16 +20,16 @@ class CAGrad(Method):
 
     max_d min_i ⟨g_i, d⟩ subject to ‖d − g₀‖ ≤ c‖g₀‖, g₀ the mean gradient (Liu et al. 2021, equation 3). The dual is
     min over the simplex of ⟨g_w, g₀⟩ + c‖g₀‖‖g_w‖, and d = g₀ + (c‖g₀‖ / ‖g_w‖) g_w (Algorithm 1). c = 0 is the mean
-    gradient; for c < 1 the method converges to a minimum of the mean loss. The paper takes 0.4 for scenes, 0.5 elsewhere,
-    0.9 for ten robot tasks.
+    gradient; for c < 1 the method converges to a minimum of the mean loss. The paper takes 0.4 for scenes, 0.5
+    elsewhere, 0.9 for ten robot tasks.
 
     Solved exactly: ball and half-spaces are one equation in one unknown, and the optimum is certified by the signs of
-    its multipliers (duality gap at rounding level). Public codes run a general solver in the weights and are off by 1e-4
-    to 2e-3 on ordinary matrices, by all of it on dominated ones; one returns exactly zero for short gradients. They also
-    differ in length: factor 1 (the paper), 1/(1+c²), 1/(1+c), times T.
+    its multipliers (duality gap at rounding level). Public codes run a general solver in the weights and are off by
+    1e-4 to 2e-3 on ordinary matrices, by all of it on dominated ones; one returns exactly zero for short gradients.
+    They also differ in length: factor 1 (the paper), 1/(1+c²), 1/(1+c), times T.
 
-    Where 0 lies in the convex hull of the gradients and the ball reaches a direction that hurts no task, g_w vanishes and
-    the formula divides 0 by 0; the optimal direction nearest to g₀ is taken, which is DualProj's.
+    Where 0 lies in the convex hull of the gradients and the ball reaches a direction that hurts no task, g_w vanishes
+    and the formula divides 0 by 0; the optimal direction nearest to g₀ is taken, which is DualProj's.
 
     Cost: some 3 to 15 linear systems in T unknowns.
 
@@ -60,11 +60,9 @@ class CAGrad(Method):
 
     def __init__(self, *, c: float = 0.5, rescale: Literal[0, 1, 2] = 0) -> None:
         super().__init__()
-        if not 0 <= c < math.inf:
-            raise ValueError(f"option c is {c}; give a finite number >= 0.")
         if rescale not in (0, 1, 2):
             raise ValueError(f"option rescale is {rescale!r}; choose one of 0, 1, 2.")
-        self.c, self.rescale = c, rescale
+        self.c, self.rescale = number("c", c, least=0), rescale
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The weights of the conflict-averse direction."""

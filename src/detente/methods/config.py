@@ -18,14 +18,14 @@ class ConFIG(Method):
     equation 5). For linearly independent gradients it has the same positive cosine with every one of them; for
     dependent ones the pseudo-inverse settles for the least squares of that, and the direction may conflict.
 
-    The pseudo-inverse is taken on the Gramian, C⁺1 with C the matrix of cosines, eigenvalues below 32 T float64 epsilons
-    of the largest left out. A zero gradient takes part in nothing. A solution below the rounding level gives zero, as for
-    two opposite gradients, where codes normalise what rounding left.
+    The pseudo-inverse is taken on the Gramian, C⁺1 with C the matrix of cosines, eigenvalues below 32 T float64
+    epsilons of the largest left out. A zero gradient takes part in nothing. A solution below the rounding level gives
+    zero, as for two opposite gradients, where codes normalise what rounding left.
 
     Cost: one T × T eigenvalue problem and one linear system.
 
-    When to use it: no more tasks than the gradients have independent directions, of comparable importance, where a step
-    that helps all alike is wanted (the paper: physics-informed networks).
+    When to use it: tasks whose gradients are independent and equally important, where a step should help all alike (the
+    paper: physics-informed networks).
 
     Example:
         >>> import detente

@@ -16,8 +16,8 @@ class DualProj(Method):
     """DualProj: the vector nearest to the mean gradient that conflicts with no task.
 
     d = argmin ‖d − Σ p_i g_i‖ subject to ⟨g_i, d⟩ ≥ 0 for all i, the projection onto the dual cone of the gradients
-    (Quinton & Rey 2024, section 4; Lopez-Paz & Ranzato 2017 for one previous task). A non-negative least-squares problem
-    on the Gramian, solved exactly in coordinates in which norms do not count; weights are never below p.
+    (Quinton & Rey 2024, section 4; Lopez-Paz & Ranzato 2017 for continual learning). A non-negative least-squares
+    problem on the Gramian, solved exactly in coordinates in which norms do not count; weights are never below p.
 
     The direction vanishes when 0 is a strictly positive combination of the gradients. One public code adds 1e-4 to the
     diagonal, which drops a task a thousand times shorter than the others, and switches the projection off for gradients

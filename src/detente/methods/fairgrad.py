@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from detente.geometry.equations import fair_weights
 from detente.methods.base import Declaration, Method
+from detente.methods.checks import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -55,9 +54,7 @@ class FairGrad(Method):
 
     def __init__(self, *, alpha: float = 1.0) -> None:
         super().__init__()
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"option alpha is {alpha}; give a finite number above 0.")
-        self.alpha = alpha
+        self.alpha = number("alpha", alpha, above=0)
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The fair weights."""

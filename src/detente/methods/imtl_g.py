@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from detente.geometry.equations import equal_projections
+from detente.geometry.imtl import equal_projections
 from detente.methods.base import Declaration, Method
 from detente.methods.registry import register
-from detente.values import Combination, TaskGradients
+from detente.values import Combination, Status, TaskGradients
+
+STATUS: dict[str, Status] = {"found": "ok", "zero": "stationary", "none": "refused"}
 
 
 @register
@@ -21,8 +23,9 @@ class IMTLG(Method):
     Singular cases. Where 0 lies in the affine hull of the gradients the zero vector has equal projections, and it is
     the answer: opposite gradients, more than P + 1 tasks in P dimensions, and also parallel gradients of unequal
     length. (Codes with a pseudo-inverse return a vector that is not zero, and weights of 1000 and more when there are
-    more tasks than parameters.) Equal gradients share their weight. Where no weights meet the equations the step is
-    refused and the direction reported is zero. Norms that agree to a part in a million count as equal for this.
+    more tasks than parameters.) Equal gradients share their weight; norms that agree to a part in a million count as
+    equal for this. Where no weights meet the equations the step is refused, and what is reported only points where the
+    projections are equal.
 
     Cost: one T × T eigenvalue problem and one linear system.
 
@@ -47,11 +50,11 @@ class IMTLG(Method):
     def solve(self, gradients: TaskGradients) -> Combination:
         """The weights of equal projections."""
         assert gradients.gramian is not None
-        weights, vanishes = equal_projections(gradients.gramian)
-        if weights is None:
-            return Combination(
-                weights=torch.zeros(gradients.tasks, dtype=torch.float64),
-                status="refused",
-                notes=("imtl-g: no weights that sum to one give equal projections",),
-            )
-        return Combination(weights=torch.from_numpy(weights), status="stationary" if vanishes else "ok")
+        found = equal_projections(gradients.gramian)
+        return Combination(
+            weights=torch.from_numpy(found.weights),
+            status=STATUS[found.kind],
+            notes=("imtl-g: no weights that sum to one give equal projections",)
+            if found.kind == "none"
+            else (),
+        )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
 from detente.geometry.equations import fair_weights
 from detente.methods.base import Declaration, Method
+from detente.methods.checks import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -20,8 +19,8 @@ class NashMTL(Method):
     """Nash-MTL: the Nash bargaining solution, the direction with the largest product of improvements.
 
     Among directions of a given length, d = Σ α_i g_i maximises Σ log ⟨g_i, d⟩ exactly when Gα = 1/α, elementwise
-    (Navon et al. 2022, Claim 3.1, equation 2). The direction does not depend on the lengths of the gradients, so that no
-    task dominates by its scale, and its own length is √T whatever theirs. It helps every task: ⟨g_i, d⟩ = 1/α_i.
+    (Navon et al. 2022, Claim 3.1, equation 2). The direction does not depend on the lengths of the gradients, so that
+    no task dominates by its scale, and its own length is √T whatever theirs. It helps every task: ⟨g_i, d⟩ = 1/α_i.
 
     The equation is the stationarity of the strictly convex ½αᵀGα − Σ log α_i and is solved by a damped Newton method to
     machine precision. The official code runs up to 20 linearised convex programs through an external solver: it keeps
@@ -29,17 +28,17 @@ class NashMTL(Method):
     as small as 1e-8. It also re-computes the weights only every k steps, which is a wrapper here, and clips the length
     to 1, which for a solved equation means dividing by √T.
 
-    Where 0 lies in the convex hull of the gradients (a Pareto-stationary point, a vanishing gradient) no direction helps
-    every task and the equation has no solution: the step is refused, and the direction reported is zero.
+    Where 0 lies in the convex hull of the gradients (a Pareto-stationary point, a vanishing gradient) no direction
+    helps every task and the equation has no solution: the step is refused, and the direction reported is zero.
 
     Cost: some 5 to 30 linear systems in T unknowns.
 
-    When to use it: tasks of very different scale, none of which may be given up; beside it, a learning rate for steps of
+    When to use it: tasks of very different scale, none of which may be given up; choose a learning rate for steps of
     constant length.
 
     Args:
-        max_norm: the shared direction is shortened to this length if it is longer; None leaves it at √T. The official
-            code uses 1.
+        max_norm: above 0; the shared direction is shortened to this length if it is longer. None leaves it at √T,
+            the official code uses 1.
 
     Raises:
         ValueError: ``max_norm`` is not positive.
@@ -63,9 +62,7 @@ class NashMTL(Method):
 
     def __init__(self, *, max_norm: float | None = None) -> None:
         super().__init__()
-        if max_norm is not None and not 0 < max_norm < math.inf:
-            raise ValueError(f"option max_norm is {max_norm}; give a finite number above 0, or None.")
-        self.max_norm = max_norm
+        self.max_norm = None if max_norm is None else number("max_norm", max_norm, above=0)
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The bargaining weights."""

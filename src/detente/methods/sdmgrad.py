@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 
 from detente.geometry.dual_cone import NOTHING, directed
+from detente.geometry.projection import project_onto_simplex
 from detente.methods.base import Declaration, Method, one_of
+from detente.methods.checks import count, number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -18,14 +20,15 @@ from detente.values import Combination, TaskGradients
 class SDMGrad(Method):
     """SDMGrad: minimum-norm weights, regularised towards the mean gradient.
 
-    w* = argmin over the simplex of ‖g_w + λg₀‖², g₀ the mean gradient, and d = (g_w* + λg₀) / (1 + λ) (Xiao et al. 2023,
-    equation 9). λ = 0 is MGDA, λ → ∞ the mean gradient. The weights are those of d; they sum to 1.
+    w* = argmin over the simplex of ‖g_w + λg₀‖², g₀ the mean gradient, and d = (g_w* + λg₀) / (1 + λ) (Xiao et al.
+    2023, equation 9). λ = 0 is MGDA, λ → ∞ the mean gradient. The weights are those of d; they sum to 1.
 
     ``exact`` solves the problem to machine precision. ``sgd`` is what the published code does: some steps of projected
-    gradient descent with momentum on the weights, which are kept from step to step. It is still far from the optimum
-    after its 20 steps where gradients conflict (40 % and more in the objective). The paper draws the two factors of the
-    Gramian from two independent batches, and the direction from a third: pass them as ``extra=[…, …]``. Without them
-    this batch serves for all three, and the record says so.
+    gradient descent with momentum on the weights. After its 20 steps it is far from the optimum where gradients
+    conflict (40 % and more in the objective). Public codes go on from the weights of the last training step; here every
+    call starts from equal ones, so that the method needs no memory. The paper draws the two factors of the Gramian from
+    two independent batches, and the direction from a third: pass them as ``extra=[…, …]``. Without them this batch
+    serves for all three, and the record says so.
 
     Cost: exact, some 3 to 15 linear systems in T unknowns.
 
@@ -68,20 +71,15 @@ class SDMGrad(Method):
         momentum: float = 0.5,
     ) -> None:
         super().__init__()
-        if not 0 <= lambda_ < math.inf:
-            raise ValueError(f"option lambda_ is {lambda_}; give a finite number >= 0.")
-        if steps < 1 or not 0 < lr < math.inf or not 0 <= momentum < 1:
-            raise ValueError(
-                f"options steps={steps}, lr={lr}, momentum={momentum}: steps must be at least 1, lr a finite number "
-                "above 0, momentum at least 0 and below 1."
-            )
-        self.lambda_, self.solver = lambda_, one_of("solver", solver, ("exact", "sgd"))
-        self.steps, self.lr, self.momentum = steps, lr, momentum
-
-    def allocate(self, tasks: int) -> None:
-        """The weights that ``sgd`` goes on from; not normalised over the tasks present."""
-        if self.solver == "sgd":
-            self.register_buffer("kept", torch.full((tasks,), 1.0 / tasks, dtype=torch.float64))
+        self.lambda_ = number("lambda_", lambda_, least=0)
+        self.solver = one_of("solver", solver, ("exact", "sgd"))
+        count("steps", steps, least=1)
+        self.steps, self.lr = steps, number("lr", lr, above=0)
+        self.momentum = number("momentum", momentum, least=0)
+        if momentum >= 1:
+            raise ValueError(f"option momentum is {momentum}; give a number below 1.")
+        if solver == "sgd":
+            self.declares = replace(self.declares, needs=frozenset({"gramian", "batches:3"}))
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The weights of the pulled direction."""
@@ -103,22 +101,17 @@ class SDMGrad(Method):
         )
 
     def _descend(self, gradients: TaskGradients) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Projected gradient descent with momentum on the kept weights."""
+        """Projected gradient descent with momentum, from equal weights."""
         products, notes = self._products(gradients)
         scale = float(np.sqrt(np.maximum(np.diagonal(products), 0.0)).mean())
-        positions = self.positions(gradients.names)
-        kept = self.get_buffer("kept")
-        shares = project_on_simplex(kept.numpy()[positions])
+        shares = np.full(gradients.tasks, 1 / gradients.tasks)
         if scale > 0:
             products = products / scale / scale
             pull = self.lambda_ * products.mean(axis=1)
             velocity = np.zeros_like(shares)
             for _ in range(self.steps):
                 velocity = self.momentum * velocity + products @ shares + pull
-                shares = project_on_simplex(shares - self.lr * velocity)
-        updated = kept.clone()
-        updated[torch.from_numpy(positions)] = torch.from_numpy(shares)
-        self.register_buffer("kept", updated)
+                shares = project_onto_simplex(shares - self.lr * velocity)
         return shares, notes
 
     def _products(self, gradients: TaskGradients) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -129,20 +122,3 @@ class SDMGrad(Method):
             return gradients.gramian, ("sdmgrad: one batch served for all three; pass extra=",)
         first, second = (factor.to(torch.float64) for factor in factors if factor is not None)
         return (first @ second.T).cpu().numpy(), ()
-
-
-def project_on_simplex(point: np.ndarray) -> np.ndarray:
-    """The nearest point with non-negative entries that sum to 1.
-
-    Args:
-        point: [T].
-
-    Example:
-        >>> project_on_simplex(np.array([1.5, 0.5]))
-        array([1., 0.])
-    """
-    ordered = np.sort(point)[::-1]
-    surplus = (np.cumsum(ordered) - 1.0) / np.arange(1, len(point) + 1)
-    last = int(np.flatnonzero(ordered > surplus)[-1])
-    shares = np.maximum(point - surplus[last], 0.0)
-    return np.asarray(shares / shares.sum())
