@@ -180,7 +180,7 @@ def path_section(name: str, paths: Mapping[str, Any], picture: bool) -> str:
             happened.append(f"{entry['stationary'][number]} steps with a direction of zero")
         if entry["stopped"][number]:
             happened.append("stopped: " + prose(entry["stopped"][number]))
-        x, y = entry["ends"][number]
+        x, y = (round(value, 2) + 0.0 for value in entry["ends"][number])  # no "-0.00"
         rows.append(
             (
                 f"({start[0]:g}, {start[1]:g})",

@@ -21,6 +21,8 @@ EPS = float(np.finfo(np.float64).eps)
 VIOLATED = 1e-14
 # A unit gradient that keeps this distance from the span of those before it: no subset is singular to rounding.
 INDEPENDENT = 1e-3
+# The same, if what follows is held against the conditions.
+BARELY = 1e-5
 # Where no progress is possible any more, a violation up to here is rounding.
 ACCEPTED = 1e-11
 # Added to the diagonal of a singular matrix to guess a support.
@@ -33,14 +35,15 @@ CHUNK = 1 << 19
 Support = NDArray[np.bool_]
 
 
-def independent(cosines: Array) -> bool:
+def independent(cosines: Array, distance: float = INDEPENDENT) -> bool:
     """True if the unit gradients are linearly independent well beyond rounding.
 
     Args:
         cosines: [T, T] inner products of the gradients scaled to unit length.
+        distance: what every unit gradient must keep from the span of those before it.
     """
     try:
-        return bool(np.linalg.cholesky(cosines).diagonal().min() > INDEPENDENT)
+        return bool(np.linalg.cholesky(cosines).diagonal().min() > distance)
     except np.linalg.LinAlgError:
         return False
 
@@ -84,7 +87,7 @@ def nonnegative_minimisers(cosines: Array, linears: Array, sizes: Array, *, regu
     rows, tasks = linears.shape
     solutions = np.zeros((rows, tasks))
     # Of dependent gradients, a ridge gives the support in most cases; what it gives is held against the conditions.
-    matrix = cosines if regular else cosines + RIDGE * np.eye(tasks)
+    matrix = cosines if regular or independent(cosines, BARELY) else cosines + RIDGE * np.eye(tasks)
     chunk = max(1, CHUNK // (tasks * tasks))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
@@ -262,7 +265,7 @@ def _dependent(cosines: Array, linear: Array, sizes: Array) -> Array:
 
 
 def _pivot_together(cosines: Array, linears: Array, sizes: Array, out: Array) -> NDArray[np.intp]:
-    """Block pivoting of B problems at once; supports are packed to the left so that systems stay small.
+    """Block pivoting of B problems at once.
 
     Returns the problems that did not settle.
     """
@@ -298,15 +301,22 @@ def _on_supports(cosines: Array, linears: Array, support: Support) -> Array:
         both = support[:, :, None] & support[:, None, :]
         systems = np.where(both, cosines, np.eye(len(cosines)))
         return np.asarray(np.linalg.solve(systems, np.where(support, -linears, 0.0)[..., None])[..., 0])
-    values = np.zeros_like(linears)
+    tasks = len(cosines)
+    values = np.zeros((len(linears), tasks + 1))
     counts = support.sum(axis=1)
     width = int(counts.max())
     if width:
+        # Supports are packed to the left; what they leave of the width points at an appended row of zeros.
         order = np.argsort(~support, axis=1, kind="stable")[:, :width]
         empty = np.arange(width) >= counts[:, None]
-        systems = cosines[order[:, :, None], order[:, None, :]]
-        systems[empty[:, :, None] | empty[:, None, :]] = 0.0
+        order[empty] = tasks
+        padded = np.zeros((tasks + 1, tasks + 1))
+        padded[:tasks, :tasks] = cosines
+        systems = padded.ravel().take(order[:, :, None] * (tasks + 1) + order[:, None, :])
         systems[:, range(width), range(width)] += empty
-        sides = np.where(empty, 0.0, -np.take_along_axis(linears, order, axis=1))
-        np.put_along_axis(values, order, np.linalg.solve(systems, sides[..., None])[..., 0], axis=1)
-    return values
+        rows = np.arange(len(linears))[:, None]
+        values[:, :tasks] = -linears
+        sides = values[rows, order]
+        values[:] = 0.0
+        values[rows, order] = np.linalg.solve(systems, sides[..., None])[..., 0]
+    return values[:, :tasks]
