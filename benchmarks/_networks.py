@@ -55,13 +55,14 @@ class _Block(nn.Module):
 
 
 def resnet18_trunk() -> nn.Sequential:
-    """ResNet-18 with a 3×3 stem and without max-pooling: 64×64 images give 2048 features after pooling by 4."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    """ResNet-18 with its usual stem (7×7, stride 2, max-pooling); 512 features after average pooling."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers.append(nn.MaxPool2d(3, 2, 1))
     inside = 64
     for outside, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
         layers += [_Block(inside, outside, stride), _Block(outside, outside, 1)]
         inside = outside
-    return nn.Sequential(*layers, nn.AvgPool2d(4), nn.Flatten())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def lenet(batch: int = 256) -> Case:
@@ -84,7 +85,7 @@ def resnet(tasks: int, batch: int = 32, side: int = 64) -> Case:
     """ResNet-18 with T linear heads of two outputs."""
     torch.manual_seed(0)
     trunk = resnet18_trunk()
-    heads = nn.ModuleList(nn.Linear(512 * (side // 32) ** 2, 2) for _ in range(tasks))
+    heads = nn.ModuleList(nn.Linear(512, 2) for _ in range(tasks))
     images = torch.randn(batch, 3, side, side)
     labels = torch.randint(0, 2, (tasks, batch))
 

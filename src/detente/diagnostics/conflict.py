@@ -24,6 +24,6 @@ def measure_conflict(gramian: np.ndarray) -> Conflict:
         cosines=tuple(tuple(row) for row in cosines.tolist()),
         condition_number=float(spectrum.condition_number(gramian)),
         magnitude_similarity=float(conflict.mean_magnitude_similarity(gramian)),
-        minimal_cosine=float(conflict.minimal_cosine(gramian)),
+        minimal_cosine=float(cosines.min()) if len(cosines) > 1 else 1.0,
         norm_ratio=float(conflict.norm_ratio(gramian)),
     )
