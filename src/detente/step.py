@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from detente.autograd.flat import accumulate, largest_entries
+from detente.autograd.flat import Gradients, accumulate, finite, probes, probes_of_rows
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
 from detente.autograd.losses import (
@@ -28,7 +28,6 @@ from detente.autograd.losses import (
     check_scalar,
     check_weighted,
     named_losses,
-    numbers,
     values_of,
 )
 from detente.autograd.measure import Taken, check_further, measure_gradients, take_further
@@ -86,17 +85,27 @@ def combine(
         names = tuple(str(name) for name in losses)
     else:
         names = method.tasks if method.tasks is not None and len(method.tasks) == tasks else positional(tasks)
-    scalars = [] if losses is None else [_as_number(loss) for loss in values_of(losses)]
-    for name, loss in zip(names, scalars, strict=False):
-        check_scalar(name, loss)
+    scalars = [] if losses is None else values_of(losses)
+    if not all(isinstance(loss, (int, float)) for loss in scalars):
+        scalars = [
+            loss if isinstance(loss, torch.Tensor) else torch.as_tensor(loss, dtype=torch.float64)
+            for loss in scalars
+        ]
+        for name, loss in zip(names, scalars, strict=True):
+            check_scalar(name, loss)
     needs = method.needs_now()
     wanted = bool(needs & {"gramian", "blocks"})
     # A method that asks for no Gramian is spared its T²P products; only the check of the rows remains.
-    host = to_host([*scalars, gramian(jacobian) if wanted else _largest_by_row(jacobian)])
-    matrix = host[-1] if wanted else None
-    given = None if losses is None else numbers(host[:-1])
+    looked_at = gramian(jacobian) if wanted else probes_of_rows(jacobian)
+    given: np.ndarray | None = None
+    if scalars and isinstance(scalars[0], torch.Tensor):
+        seen, given = to_host([looked_at, scalars])
+    else:
+        (seen,) = to_host([looked_at])
+        given = None if losses is None else np.array(scalars, dtype=np.float64)
+    matrix = seen if wanted else None
     check_losses(names, given)
-    check_gradients(names, np.diagonal(host[-1]) if wanted else host[-1])
+    check_gradients(names, np.diagonal(seen) if wanted else finite(jacobian, seen))
     gradients = TaskGradients(names=names, losses=given, gramian=matrix, jacobian=jacobian)
     if matrix is not None and "blocks" in needs:
         whole: dict[str, Any] = {
@@ -202,26 +211,22 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
     if not combination.accepted:
         return
     assert taken.gradients.jacobian is not None
-    combination = with_direction(combination, taken.gradients)
-    direction, weights = combination.direction, combination.weights
-    assert direction is not None
+    weights = combination.weights
     if weights is None and (heads == "weighted" or taken.graph.space == "layer"):
         asked = "heads='weighted'" if heads == "weighted" else "solve_on="
         raise ValueError(f"{asked} needs one weight for each task, and this method gives none.")
-    native = weights
-    if scale != "native":
-        factor = _length_factor(direction, taken.gradients, scale)
-        direction = direction * factor.to(direction.dtype)
-        weights = None if weights is None else weights * factor.to(device=weights.device)
-    if combination.status == "stationary" and weights is not None:
-        weights = torch.zeros_like(weights)
-    shared = taken.graph.shared(direction, weights)
+    by_weights = weights is not None and combination.direction is None and combination.block_weights is None
+    if by_weights and scale == "native" and combination.status == "ok":
+        assert weights is not None
+        shared = taken.graph.shared_by_weights(weights)
+    else:
+        shared = _along_direction(taken, combination, scale)
     if taken.graph.space != "exact":
         check_behind(taken.gradients.names, shared)
     own = taken.graph.own
     if heads == "weighted":
-        assert native is not None
-        own = [[(p, g * float(w)) for p, g in task] for w, task in zip(native.tolist(), own, strict=True)]
+        assert weights is not None
+        own = [[(p, g * float(w)) for p, g in task] for w, task in zip(weights.tolist(), own, strict=True)]
     accumulate([*shared, *(pair for task in own for pair in task)])
 
 
@@ -330,18 +335,6 @@ def backward(
 # ---- private
 
 
-def _as_number(loss: Any) -> torch.Tensor:
-    # A Python number is float64; torch would round it to its default dtype.
-    return loss if isinstance(loss, torch.Tensor) else torch.as_tensor(loss, dtype=torch.float64)
-
-
-def _largest_by_row(jacobian: torch.Tensor) -> torch.Tensor:
-    if jacobian.shape[1] == 0:
-        return jacobian.new_zeros(jacobian.shape[0])
-    largest: torch.Tensor = torch.linalg.vector_norm(jacobian, ord=float("inf"), dim=1)
-    return largest
-
-
 def _weighting(
     names: tuple[str, ...],
     losses: list[torch.Tensor],
@@ -361,7 +354,7 @@ def _weighting(
     plain = bool(needs & GRADIENT_NEEDS)
     known = None
     if not plain and "losses" in needs:
-        known = numbers(to_host(losses))
+        known = to_host([losses])[0]
         check_losses(names, known)
     with nullcontext() if plain else _undone_on_failure(method, info):
         combination = Combination(weights=torch.ones(len(losses), dtype=torch.float64))
@@ -376,11 +369,10 @@ def _weighting(
             retain_graph=retain_graph,
         )
         everything = [*found, *(pair for task in own for pair in task)]
-        host = numbers(to_host([*losses, *largest_entries(gradient for _, gradient in everything)]))
-        values, largest = host[: len(losses)], host[len(losses) :]
+        values, probed = to_host([losses, probes(gradient for _, gradient in everything)])
         check_losses(names, values)
-        check_own(names, own, largest[len(found) :])
-        check_weighted(names, largest[: len(found)])
+        check_own(names, own, probed[len(found) :])
+        check_weighted(names, found, probed[: len(found)])
         if combination.accepted:
             accumulate(everything)
     notes = combination.notes
@@ -411,6 +403,21 @@ def _undone_on_failure(method: Method, info: MethodInfo) -> Iterator[None]:
         if state is not None:
             method.load_state_dict(state)
         raise
+
+
+def _along_direction(taken: Taken, combination: Combination, scale: Scale) -> Gradients:
+    """Gradients of the shared parameters for a direction that the weights do not give, or not at this length."""
+    assert taken.gradients.jacobian is not None
+    combination = with_direction(combination, taken.gradients)
+    direction, weights = combination.direction, combination.weights
+    assert direction is not None
+    if scale != "native":
+        factor = _length_factor(direction, taken.gradients, scale)
+        direction = direction * factor.to(direction.dtype)
+        weights = None if weights is None else weights * factor.to(device=weights.device)
+    if combination.status == "stationary" and weights is not None:
+        weights = torch.zeros_like(weights)
+    return taken.graph.shared(direction, weights)
 
 
 def _length_factor(direction: torch.Tensor, gradients: TaskGradients, scale: Scale) -> torch.Tensor:

@@ -49,7 +49,7 @@ ROOMS["cli"] = frozenset(ROOMS)
 # library of their extra.
 LIBRARIES: dict[str, frozenset[str]] = {
     "values": frozenset({"torch", "numpy"}),
-    "geometry": frozenset({"numpy", "scipy"}),
+    "geometry": frozenset({"numpy", "scipy", "threadpoolctl"}),
     "methods": frozenset({"torch", "numpy", "scipy"}),
     "autograd": frozenset({"torch", "numpy"}),
     "step": frozenset({"torch", "numpy"}),
@@ -208,7 +208,7 @@ def test_the_documented_table_is_this_one() -> None:
         ("from .. import records", "detente.methods.mgda", "imports detente.records"),
         ("from detente import backward", "detente.methods.mgda", "imports detente,"),
         ("def f():\n    from detente.training import loop", "detente.step", "imports detente.training"),
-        ("import torch", "detente.geometry.simplex", "may use only ['numpy', 'scipy']"),
+        ("import torch", "detente.geometry.simplex", "may use only ['numpy', 'scipy', 'threadpoolctl']"),
         ("import scipy.optimize", "detente.geometry.simplex", "at module level"),
         ("class A:\n    import pandas", "detente.reports.table", "at module level"),
         ("def f():\n    import cvxpy", "detente.geometry.simplex", "reference for tests only"),

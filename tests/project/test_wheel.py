@@ -58,7 +58,12 @@ def test_metadata(wheel: Path) -> None:
     core = [
         line for line in text.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line
     ]
-    assert sorted(core) == ["Requires-Dist: numpy>=2", "Requires-Dist: scipy", "Requires-Dist: torch>=2.6"]
+    assert sorted(core) == [
+        "Requires-Dist: numpy>=2",
+        "Requires-Dist: scipy",
+        "Requires-Dist: threadpoolctl>=3",
+        "Requires-Dist: torch>=2.6",
+    ]
     (scripts,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
     assert "detente = detente.cli:main" in archive.read(scripts).decode()
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())

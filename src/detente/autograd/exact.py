@@ -42,6 +42,12 @@ class Pass:
         """
         raise AssertionError("the passes below define it")
 
+    def shared_by_weights(self, weights: torch.Tensor) -> Gradients:
+        """The same for the direction of ``weights`` [T]."""
+        assert self.jacobian is not None
+        on_device = weights.to(device=self.jacobian.device, dtype=self.jacobian.dtype)
+        return self.shared(on_device @ self.jacobian, weights)
+
 
 @dataclass
 class ExactPass(Pass):
@@ -55,8 +61,16 @@ class ExactPass(Pass):
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
         """The direction, cut into the shapes of the parameters."""
-        pieces = zip(self.columns, Layout(self.columns).split(direction), strict=True)
-        return [(tensor, piece) for tensor, piece in pieces if tensor in self.touched]
+        return self._touched(Layout(self.columns).split(direction))
+
+    def shared_by_weights(self, weights: torch.Tensor) -> Gradients:
+        """The same without the direction as one vector."""
+        assert self.jacobian is not None
+        on_device = weights.to(device=self.jacobian.device, dtype=self.jacobian.dtype)
+        return self._touched(Layout(self.columns).weighted(on_device, self.jacobian))
+
+    def _touched(self, pieces: Sequence[torch.Tensor]) -> Gradients:
+        return [(t, piece) for t, piece in zip(self.columns, pieces, strict=True) if t in self.touched]
 
 
 def exact_pass(

@@ -6,10 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+import numpy as np
 import torch
 
 Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 """Parameters with the gradient each is to receive."""
+
+
+# Columns whose weighted sum is taken at once.
+_GROUP = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,22 @@ class Layout:
                 gradient = torch.view_as_real(gradient.resolve_conj())
             pieces.append(gradient.reshape(-1).to(device=row.device, dtype=row.dtype))
         torch.cat(pieces, out=row)
+
+    def weighted(self, weights: torch.Tensor, jacobian: torch.Tensor) -> list[torch.Tensor]:
+        """What :meth:`split` makes of ``weights`` [T] @ ``jacobian`` [T, P], a few tensors at a time.
+
+        One allocation of P numbers is taken from the system anew in every step, page by page; smaller ones are reused.
+        """
+        found: list[torch.Tensor] = []
+        group: list[torch.Tensor] = []
+        start = stop = 0
+        for position, tensor in enumerate(self.tensors):
+            group.append(tensor)
+            stop += _width(tensor)
+            if stop - start >= _GROUP or position == len(self.tensors) - 1:
+                found += Layout(tuple(group)).split(weights @ jacobian[:, start:stop])
+                group, start = [], stop
+        return found
 
     def split(self, row: torch.Tensor) -> list[torch.Tensor]:
         """Views of ``row`` [P], one in the shape of each tensor (a copy where dtype or device differ)."""
@@ -101,25 +122,49 @@ def seeds_of(losses: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torc
     ]
 
 
-def largest_entries(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """The largest magnitude in each gradient, a scalar on its device; NaN and Inf come through.
+def probes(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """For each gradient a scalar on its device that is NaN or Inf if an entry is.
 
-    A norm would overflow where the gradient does not.
+    On the CPU the sum, the fastest to take. It may overflow where every entry is finite: :func:`finite` looks again.
     """
-    dense = [g if g.layout is torch.strided else g.coalesce().values() for g in gradients]
-    filled = [g if g.numel() else g.new_zeros(1) for g in dense]
-    found: list[torch.Tensor | None] = [_largest_entry(g) for g in filled]
-    small = [g for g, entry in zip(filled, found, strict=True) if entry is None]
-    rest = iter(torch._foreach_norm(small, ord=float("inf")) if small else [])
-    return [next(rest) if entry is None else entry for entry in found]
+    parts = [_entries(gradient) for gradient in gradients]
+    if any(part.device.type != "cpu" for part in parts):  # one launch for many tensors
+        filled = [part if part.numel() else part.new_zeros(1) for part in parts]
+        return list(torch._foreach_norm(filled, ord=float("inf")))
+    return [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts]
 
 
-def _largest_entry(gradient: torch.Tensor) -> torch.Tensor | None:
-    # On the CPU the maximum norm of a large tensor takes ten times as long as its two extremes.
-    if gradient.device.type != "cpu" or gradient.numel() < 4096 or gradient.is_complex():
-        return None
-    low, high = torch.aminmax(gradient)
-    return torch.maximum(high, -low)
+def probes_of_rows(jacobian: torch.Tensor) -> torch.Tensor:
+    """The probe of each row of a real matrix."""
+    return jacobian.sum(dim=1, dtype=torch.promote_types(jacobian.dtype, torch.float32))
+
+
+def finite(gradients: Sequence[torch.Tensor] | torch.Tensor, probed: np.ndarray) -> np.ndarray:
+    """For each gradient True if every entry is finite, by its probe, or by a second look where that is not.
+
+    Args:
+        gradients: tensors, or the rows of one.
+        probed: a probe of each, on the host.
+
+    Example:
+        >>> huge = torch.full((2,), 3e38)
+        >>> finite([huge], probes([huge])[0].reshape(1).numpy())
+        array([ True])
+    """
+    found = [bool(known) for known in np.isfinite(probed)]
+    if not all(found):
+        found = [
+            known or bool(torch.isfinite(_entries(gradient)).all())
+            for known, gradient in zip(found, gradients, strict=True)
+        ]
+    return np.array(found)
+
+
+def _entries(gradient: torch.Tensor) -> torch.Tensor:
+    """The entries of a gradient as real numbers."""
+    if gradient.layout is not torch.strided:
+        gradient = gradient.coalesce().values()
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
 def accumulate(gradients: Gradients) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from detente.autograd.flat import Gradients, largest_entries
+from detente.autograd.flat import Gradients, finite, probes
 from detente.autograd.host import to_host
 
 Losses: TypeAlias = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
@@ -77,34 +77,36 @@ def check_losses(names: Sequence[str], losses: np.ndarray | None) -> None:
     Raises:
         ValueError: one is not; the task is named.
     """
-    for name, loss in zip(names, () if losses is None else losses, strict=losses is not None):
-        if not np.isfinite(loss):
-            raise ValueError(_not_finite(name, "the loss"))
+    if losses is None or np.isfinite(losses).all():
+        return
+    name = next(name for name, loss in zip(names, losses, strict=True) if not np.isfinite(loss))
+    raise ValueError(_not_finite(name, "the loss"))
 
 
 def check_gradients(names: Sequence[str], sizes: np.ndarray, space: str = "exact") -> None:
-    """See that every task's gradient is finite, by a size of each [T]: its square, or its largest entry.
+    """See that every task's gradient is finite, by the square of each [T], or True where it is.
 
     Raises:
         ValueError: one is not; the task is named.
     """
+    known = np.isfinite(sizes) if sizes.dtype != np.bool_ else sizes
+    if known.all():
+        return
     what = "the gradient with respect to the features" if space == "features" else "the shared gradient"
-    for name, finite in zip(names, np.isfinite(sizes), strict=True):
-        if not finite:
-            raise ValueError(_not_finite(name, what))
+    raise ValueError(_not_finite(names[int(np.argmin(known))], what))
 
 
-def check_own(names: Sequence[str], own: Sequence[Gradients], largest: np.ndarray) -> None:
-    """See that the gradients of own parameters are finite, by the largest entry of each.
+def check_own(names: Sequence[str], own: Sequence[Gradients], probed: np.ndarray) -> None:
+    """See that the gradients of own parameters are finite, by the probe of each.
 
     Raises:
         ValueError: one is not; the task is named.
     """
     offset = 0
     for name, task in zip(names, own, strict=True):
-        mine = largest[offset : offset + len(task)]
+        mine = probed[offset : offset + len(task)]
         offset += len(task)
-        if not np.isfinite(mine).all():
+        if not _all_finite(task, mine):
             raise ValueError(_not_finite(name, "the gradient of its own parameters"))
 
 
@@ -114,29 +116,28 @@ def check_behind(names: Sequence[str], gradients: Gradients) -> None:
     Raises:
         ValueError: one is not. No task can be named: one backward serves them all.
     """
-    if not np.isfinite(numbers(to_host(largest_entries(g for _, g in gradients)))).all():
+    if not _all_finite(gradients, to_host([probes(g for _, g in gradients)])[0]):
         raise ValueError(
             f"the gradients of tasks {', '.join(names)} are finite where the problem was solved and not finite "
             "(NaN or Inf) behind it, in the shared parameters. Nothing was changed."
         )
 
 
-def check_weighted(names: Sequence[str], largest: np.ndarray) -> None:
-    """See that the gradients of weighted losses are finite, by the largest entry of each.
+def check_weighted(names: Sequence[str], gradients: Gradients, probed: np.ndarray) -> None:
+    """See that the gradients of weighted losses are finite, by the probe of each.
 
     Raises:
         ValueError: one is not. No task can be named: one backward serves them all.
     """
-    if not np.isfinite(largest).all():
+    if not _all_finite(gradients, probed):
         raise ValueError(
             f"the gradient of the weighted losses of tasks {', '.join(names)} is not finite (NaN or Inf) in the shared "
             "parameters. Nothing was changed. Pass measure=True for one step to learn which task it comes from."
         )
 
 
-def numbers(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays of one number each, in whatever shape, as one vector."""
-    return np.array([array.item() for array in arrays])
+def _all_finite(gradients: Gradients, probed: np.ndarray) -> bool:
+    return bool(np.isfinite(probed).all() or finite([gradient for _, gradient in gradients], probed).all())
 
 
 def _not_finite(name: str, what: str) -> str:

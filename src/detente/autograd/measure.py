@@ -10,10 +10,10 @@ import torch
 
 from detente.autograd.blocks import block_gramians, blocks_of
 from detente.autograd.exact import Pass, exact_pass
-from detente.autograd.flat import largest_entries
+from detente.autograd.flat import probes
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
-from detente.autograd.losses import Losses, check_gradients, check_losses, check_own, named_losses, numbers
+from detente.autograd.losses import Losses, check_gradients, check_losses, check_own, named_losses
 from detente.autograd.partition import Memory, Partition
 from detente.autograd.take import Where
 from detente.values import MethodInfo, TaskGradients
@@ -44,15 +44,14 @@ def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = Fal
         ValueError: a loss or a gradient is not finite; the task is named.
     """
     assert graph.jacobian is not None
-    tasks = len(names)
     split = blocks_of(graph.columns) if blocks and graph.columns else None
     products = gramian(graph.jacobian) if split is None else block_gramians(graph.jacobian, split.sizes)
-    largest = largest_entries(gradient for task in graph.own for _, gradient in task)
-    host = to_host([*graph.losses, products, *largest])
-    losses, matrix = numbers(host[:tasks]), host[tasks] if split is None else host[tasks].sum(axis=0)
+    probed = probes(gradient for task in graph.own for _, gradient in task)
+    losses, seen, probed_on_host = to_host([graph.losses, products, probed])
+    matrix = seen if split is None else seen.sum(axis=0)
     check_losses(names, losses)
     check_gradients(names, matrix.diagonal(), graph.space)
-    check_own(names, graph.own, numbers(host[tasks + 1 :]))
+    check_own(names, graph.own, probed_on_host)
     gradients = TaskGradients(
         names=names,
         losses=losses,
@@ -64,7 +63,7 @@ def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = Fal
     if split is not None:
         gradients = replace(
             gradients,
-            block_gramians=host[tasks],
+            block_gramians=seen,
             block_names=split.names,
             block_sizes=split.sizes,
             block_layers=split.layers,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from detente.geometry import conflict, spectrum
+from detente.geometry import conflict
+from detente.geometry.gramian import unit_rows
+from detente.geometry.spectrum import condition_of_rows
+from detente.geometry.threads import one_thread
 from detente.values import Conflict
 
 
@@ -18,12 +21,15 @@ def measure_conflict(gramian: np.ndarray) -> Conflict:
         >>> measure_conflict(np.array([[1.0, -1.0], [-1.0, 4.0]])).minimal_cosine
         -0.5
     """
-    cosines = conflict.cosines(gramian)
+    norms, scaled = unit_rows(gramian)  # once, for all the measures
+    cosines = conflict.cosines_of_rows(norms, scaled)
+    with one_thread(len(norms)):
+        condition_number = condition_of_rows(norms, scaled)
     return Conflict(
-        norms=tuple(conflict.norms(gramian).tolist()),
-        cosines=tuple(tuple(row) for row in cosines.tolist()),
-        condition_number=float(spectrum.condition_number(gramian)),
-        magnitude_similarity=float(conflict.mean_magnitude_similarity(gramian)),
+        norms=tuple(norms.tolist()),
+        cosines=tuple(map(tuple, cosines.tolist())),
+        condition_number=condition_number,
+        magnitude_similarity=conflict.mean_of_pairs(conflict.similarity_of_lengths(norms)),
         minimal_cosine=float(cosines.min()) if len(cosines) > 1 else 1.0,
-        norm_ratio=float(conflict.norm_ratio(gramian)),
+        norm_ratio=conflict.ratio_of_lengths(norms),
     )

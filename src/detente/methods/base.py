@@ -11,12 +11,14 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, final
 
 import numpy as np
 import torch
 from torch import nn
 
+from detente.geometry.threads import one_thread
 from detente.values import GRADIENT_NEEDS, Combination, TaskGradients
 
 Preference = Mapping[str, float] | Sequence[float] | None
@@ -167,6 +169,8 @@ class Method(nn.Module, ABC):
             ValueError: names are missing or duplicate, a preference does not fit them, or unnamed losses change
                 in number.
         """
+        if names == self.tasks:
+            return  # as in nearly every step
         names = check_names(names)
         if self.tasks is None:
             weight_by_name(self._preference, names, self._preference_option)
@@ -299,7 +303,8 @@ class Method(nn.Module, ABC):
         names = blocks[0].names
         try:
             self.bind(names if self.tasks is not None else self._everyone(names))
-            return solve()
+            with one_thread(len(names)):
+                return solve()
         except Exception:
             for one, tasks, buffers, drawn in before:
                 one.tasks = tasks
@@ -376,6 +381,7 @@ class Method(nn.Module, ABC):
 # ---- checks that methods share
 
 
+@cache
 def positional(tasks: int) -> tuple[str, ...]:
     """The names of unnamed tasks: their positions.
 
