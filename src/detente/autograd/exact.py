@@ -110,6 +110,7 @@ def exact_pass(
         touched |= by_tensor.keys()
         layout.write(jacobian[task], [by_tensor.get(tensor) for tensor in partition.shared])
         own.append(present(mine, found[len(wanted) :]))
+        del found, by_tensor  # their memory serves the next task's gradients
     return ExactPass(losses, "exact", jacobian, own, columns=partition.shared, touched=touched)
 
 
