@@ -32,11 +32,10 @@ def project_onto_simplex(point: ArrayLike) -> Array:
             "a point to project onto the simplex is a vector [..., T] of finite numbers, T at least 1."
         )
     # Taken from the largest first: the projection does not notice, and nothing is lost beside large numbers.
-    values = values - values.max(axis=-1, keepdims=True)
-    descending = -np.sort(-values, axis=-1)
-    excess = np.cumsum(descending, axis=-1) - 1.0
-    counts = np.arange(1, values.shape[-1] + 1)
-    support = np.sum(descending * counts > excess, axis=-1, keepdims=True)
-    threshold = np.take_along_axis(excess, support - 1, axis=-1) / support
-    weights = np.maximum(values - threshold, 0.0)
+    descending = np.sort(values, axis=-1)[..., ::-1]
+    values = values - descending[..., :1]
+    descending = descending - descending[..., :1]
+    # The k largest alone would put the threshold at (their sum - 1) / k; the right k gives the largest of these.
+    thresholds = (descending.cumsum(axis=-1) - 1.0) / np.arange(1, values.shape[-1] + 1)
+    weights = np.maximum(values - thresholds.max(axis=-1, keepdims=True), 0.0)
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True))

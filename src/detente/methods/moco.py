@@ -103,7 +103,7 @@ class MoCo(Method):
         jacobian = gradients.jacobian
         assert jacobian is not None and self.tasks is not None
         at = self.positions(gradients.names)
-        everyone = len(at) == len(self.tasks) and bool((at == np.arange(len(at))).all())
+        everyone = gradients.names == self.tasks
         place = torch.from_numpy(at).to(jacobian.device)
         tracked = sized(self, self.tracked, jacobian)
         steps = self.steps.numpy()[at] + 1
@@ -117,8 +117,8 @@ class MoCo(Method):
         gamma = self.gamma / float(steps.max()) ** self.gamma_decay
         weights = simplex_step(self.weights.numpy()[at], products / (size or 1.0), gamma, self.rho)
         self.tracked = means if everyone else tracked.index_copy(0, place, means)
-        self.steps = self.steps.index_copy(0, torch.from_numpy(at), torch.from_numpy(steps))
-        self.weights = self.weights.index_copy(0, torch.from_numpy(at), torch.from_numpy(weights))
+        self.steps.numpy()[at] = steps
+        self.weights.numpy()[at] = weights
         if not products.any():
             return Combination(direction=jacobian.new_zeros(jacobian.shape[1]), status="stationary")
         share_of_all = torch.from_numpy(weights / weights.sum()).to(jacobian)

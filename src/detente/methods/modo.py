@@ -83,7 +83,7 @@ class MoDo(Method):
         if self.form == "normalized":
             products = products / (size or 1.0)
         weights = simplex_step(self.weights.numpy()[at], products, self.gamma, self.rho)
-        self.weights = self.weights.index_copy(0, torch.from_numpy(at), torch.from_numpy(weights))
+        self.weights.numpy()[at] = weights
         return Combination(weights=torch.from_numpy(weights / weights.sum()), notes=notes)
 
     def _products(self, gradients: TaskGradients) -> tuple[np.ndarray, float, tuple[str, ...]]:

@@ -22,5 +22,7 @@ def inner_products(left: torch.Tensor, right: torch.Tensor) -> np.ndarray:
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for start in range(0, left.shape[1], width):
         columns = slice(start, start + width)
-        total.addmm_(left[:, columns].to(torch.float64), right[:, columns].to(torch.float64).T)
+        one = left[:, columns].to(torch.float64)
+        other = one if left is right else right[:, columns].to(torch.float64)
+        total.addmm_(one, other.T)
     return total.cpu().numpy()
