@@ -74,6 +74,12 @@ def per_task_options(cls: type[detente.Method]) -> list[str]:
     return [name for name in parameters if hints.get(name) == Preference]
 
 
+def takes_one_for_each_task(cls: type[detente.Method]) -> set[str]:
+    """Options that take one number for all tasks or a sequence of one for each, told by their annotation."""
+    hints = typing.get_type_hints(cls.__init__)
+    return {name for name, hint in hints.items() if Sequence[float] in typing.get_args(hint)}
+
+
 def registered() -> list[Subject]:
     """Every registered method with its default options."""
 

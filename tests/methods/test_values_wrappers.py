@@ -318,7 +318,8 @@ def test_by_name_or_by_class() -> None:
     method = detente.wrap("every", detente.wrap("smooth", detente.create("mgda"), beta=0.5), k=7)
     assert isinstance(method, Every) and method.k == 7 and isinstance(method.method, Smooth)
     assert method.declares.name == "every(smooth(mgda))" and info_of(method).options["k"].default == 5
-    assert sorted(detente.wrappers.registered()) == ["every", "normalize", "per-block", "smooth"]
+    known = ["adaptive", "every", "inexact", "normalize", "per-block", "smooth"]
+    assert sorted(detente.wrappers.registered()) == known
     assert all(info.summary.endswith(".") and info.source for info in detente.wrappers.registered().values())
 
 

@@ -134,6 +134,10 @@ class Method(nn.Module, ABC):
     def end_epoch(self) -> None:
         """Tell the method that an epoch ended. Methods that do not need epochs ignore it."""
 
+    def epoch_record(self) -> dict[str, Any]:
+        """Plain numbers by name worth storing with the epoch that just ended; most methods have none."""
+        return {}
+
     def after_step(self, losses: Mapping[str, Any] | Sequence[Any]) -> None:
         """Give the method the losses of the same batch after the step. Methods that do not need them ignore it."""
 

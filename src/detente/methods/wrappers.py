@@ -1,4 +1,7 @@
-"""Methods around methods: weights every k steps, smoothed weights, one problem per block, normalised gradients."""
+"""Methods around methods: weights every k steps, smoothed weights, one problem per block, normalised gradients.
+
+The guards, which refuse a step, have files of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from detente.methods.adaptive import Adaptive
 from detente.methods.base import Method, one_of
 from detente.methods.checks import count, number, positive_losses
+from detente.methods.guard import EarlyTerminationWarning, Guard, Inexact
 from detente.methods.wrapping import Wrapper, WrapperInfo, register_wrapper, registered, wrap
 from detente.values import Combination, TaskGradients
 
 __all__ = [
+    "Adaptive",
+    "EarlyTerminationWarning",
     "Every",
+    "Guard",
+    "Inexact",
     "Normalize",
     "PerBlock",
     "Smooth",

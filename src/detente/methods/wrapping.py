@@ -123,6 +123,10 @@ class Wrapper(Method):
         """Tell the wrapped method."""
         self.method.end_epoch()
 
+    def epoch_record(self) -> dict[str, Any]:
+        """What the wrapped method has to say."""
+        return self.method.epoch_record()
+
     def after_step(self, losses: Mapping[str, Any] | Sequence[Any]) -> None:
         """Hand the losses to the wrapped method."""
         self.method.after_step(losses)
@@ -151,7 +155,7 @@ def register_wrapper(cls: W) -> W:
 
     Example:
         >>> sorted(registered())
-        ['every', 'normalize', 'per-block', 'smooth']
+        ['adaptive', 'every', 'inexact', 'normalize', 'per-block', 'smooth']
     """
     known = _registered.get(cls.name)
     if known is not None and known.factory is not cls:

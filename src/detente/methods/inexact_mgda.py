@@ -1,0 +1,74 @@
+"""MGDA with a guard against the error of the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from detente.methods.guard import Bounds, Inexact, Refuse
+from detente.methods.mgda import MGDA
+from detente.methods.registry import register
+
+
+@register
+class InexactMGDA(Inexact):
+    """Inexact MGDA: take MGDA's step only if it helps every task whatever the error of the gradients.
+
+    MGDA's direction q = Σ α_i g_i is accepted if <q, g_i> >= ‖q‖ ε_i for every task present, where ε_i bounds the error
+    of g_i; otherwise the step is refused (Aygar 2019, section 2.2, a simple form of the algorithm of Peitz & Dellnitz
+    2018). The test comes from γ_i >= φ_i, equations 2.9 to 2.11: the page of wrappers derives it under ``inexact`` and
+    says why equation 2.12 needs ‖g_i‖² where it prints ‖g_i‖.
+
+    For the exact solution <q, g_i> = ‖q‖² for the tasks with a weight and no less for the others, so that with one ε
+    for all tasks the test reads ‖q‖ >= ε. The guard thus ends the training where MGDA's direction drops below the
+    noise, and how large ε may be depends on the units of the losses.
+
+    With the default ε = 0 it is MGDA. On ``features=`` ε is in the unit of a gradient of the representation. Steps and
+    refused steps are counted, see ``refused_share`` and ``last_refused_share``; a count ends with ``end_epoch()`` or
+    after ``epoch_steps`` calls, and goes on if neither happens.
+
+    When to use it: small batches, with a bound on the noise at hand or to be searched. Cost: as MGDA.
+
+    Args:
+        epsilon: >= 0, bounds on the error, in the unit of a gradient's length: one number for all tasks, or one for
+            each, by name or by position.
+        refuse: ``all``: a refused step leaves every ``.grad`` as it was found; ``shared``: the shared part stays
+            where it is and the heads move; the status is then ``stationary``, with a note.
+        epoch_steps: steps after which the method itself ends an epoch of its counts; None waits for ``end_epoch()``.
+        solver: as of ``mgda``.
+        normalize: as of ``mgda``; the test is made on the gradients as they are.
+
+    Raises:
+        ValueError: a bound is negative or not finite (the task is named), or does not fit the tasks; another option is
+            out of range; a loss is not positive while ``normalize`` divides by it.
+        TypeError: ``epsilon`` is no number, mapping or sequence.
+
+    Example:
+        >>> import torch
+        >>> import detente
+        >>> method = detente.create("inexact-mgda", epsilon=0.9)
+        >>> conflict = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # ‖q‖ = 0.894
+        >>> detente.combine(method, conflict).accepted, detente.combine(method, 2 * conflict).accepted
+        (False, True)
+        >>> method.refused_share
+        0.5
+    """
+
+    declares = replace(
+        MGDA.declares,
+        name="inexact-mgda",
+        source="Aygar 2019, section 2.2, equations 2.8 to 2.12, after Peitz & Dellnitz 2018",
+        search={},  # ε has the unit of a gradient: no grid suits every model
+    )
+
+    def __init__(
+        self,
+        *,
+        epsilon: Bounds = 0.0,
+        refuse: Refuse = "all",
+        epoch_steps: int | None = None,
+        solver: Literal["exact", "frank-wolfe"] = "exact",
+        normalize: Literal["none", "l2", "loss", "loss+"] = "none",
+    ) -> None:
+        method = MGDA(solver=solver, normalize=normalize)
+        super().__init__(method, epsilon=epsilon, refuse=refuse, epoch_steps=epoch_steps)
