@@ -22,7 +22,7 @@ HEADER = """# Benchmarks
 
 Made by `python -m benchmarks --page docs/benchmarks.md` (`make bench` prints the same). Whatever is compared is
 measured in turns on the same machine; medians are shown with the range of the ratios. Seconds depend on the machine,
-ratios much less.
+ratios much less. What is promised and not kept is explained at the end.
 """
 
 
@@ -70,6 +70,9 @@ def main(arguments: list[str]) -> int:
         page.append(
             f"## {name}\n\n{(module.__doc__ or '').strip()}\n\n```text\n{kept.getvalue().rstrip()}\n```\n"
         )
+    notes = Path(__file__).with_name("notes.md")
+    if notes.exists():
+        page.append(notes.read_text(encoding="utf-8"))
     if options.page is not None:
         temporary = options.page.with_suffix(".tmp")
         temporary.write_text("\n".join(page), encoding="utf-8")

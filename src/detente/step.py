@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+# "as" of the same name: what another room needs to compose the parts of a step anew.
 from detente.autograd.flat import Gradients, accumulate, finite, probes, probes_of_rows
 from detente.autograd.gramian import gramian
-from detente.autograd.host import to_host
+from detente.autograd.host import to_host as to_host
 from detente.autograd.losses import (
     Losses,
     check_behind,
@@ -30,14 +31,18 @@ from detente.autograd.losses import (
     named_losses,
     values_of,
 )
-from detente.autograd.measure import Taken, check_further, measure_gradients, take_further
-from detente.autograd.partition import Memory, Parameters
+from detente.autograd.measure import Taken as Taken
+from detente.autograd.measure import check_further, measure_gradients, take_further
+from detente.autograd.partition import Memory as Memory
+from detente.autograd.partition import Parameters as Parameters
+from detente.autograd.partition import as_tensors as as_tensors
 from detente.autograd.take import Where, take
 from detente.autograd.weighted import weighted_backward
 from detente.diagnostics.conflict import measure_conflict
-from detente.methods.base import Method, one_of, positional
+from detente.methods.base import Method as Method
+from detente.methods.base import one_of, positional
 from detente.methods.registry import create, info_of
-from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
+from detente.values import GRADIENT_NEEDS, Combination, StepRecord, TaskGradients
 
 Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None
 Heads = Literal["own", "weighted"] | None
@@ -215,6 +220,26 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
     if weights is None and (heads == "weighted" or taken.graph.space == "layer"):
         asked = "heads='weighted'" if heads == "weighted" else "solve_on="
         raise ValueError(f"{asked} needs one weight for each task, and this method gives none.")
+    shared = shared_gradients(taken, combination, scale=scale)
+    own = taken.graph.own
+    if heads == "weighted":
+        assert weights is not None
+        own = [[(p, g * float(w)) for p, g in task] for w, task in zip(weights.tolist(), own, strict=True)]
+    accumulate([*shared, *(pair for task in own for pair in task)])
+
+
+def shared_gradients(taken: Taken, combination: Combination, *, scale: Scale = "native") -> Gradients:
+    """Shared parameters with the gradient that a combination gives each of them; no ``.grad`` is touched.
+
+    Args:
+        taken: from :func:`task_gradients`; its graph is used up unless it was retained.
+        combination: what a method decided.
+        scale: length of the direction, see :func:`backward`.
+
+    Raises:
+        ValueError: a gradient behind the representation is not finite, or weights are needed and there are none.
+    """
+    weights = combination.weights
     by_weights = weights is not None and combination.direction is None and combination.block_weights is None
     if by_weights and scale == "native" and combination.status == "ok":
         assert weights is not None
@@ -223,11 +248,7 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
         shared = _along_direction(taken, combination, scale)
     if taken.graph.space != "exact":
         check_behind(taken.gradients.names, shared)
-    own = taken.graph.own
-    if heads == "weighted":
-        assert weights is not None
-        own = [[(p, g * float(w)) for p, g in task] for w, task in zip(weights.tolist(), own, strict=True)]
-    accumulate([*shared, *(pair for task in own for pair in task)])
+    return shared
 
 
 def backward(
@@ -317,7 +338,7 @@ def backward(
             activations="activations" in needs,
         )
     if graph is None:
-        record = _weighting(names, scalars, method, info, where, heads, retain_graph, workspace)
+        record = _weighting(names, scalars, method, where, heads, retain_graph, workspace)
         return replace(record, seconds=time.perf_counter() - started)
     taken = measure_gradients(names, graph, blocks="blocks" in needs)
     if extra and any(need.startswith("batches:") for need in needs):
@@ -326,10 +347,10 @@ def backward(
     # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
     # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
     cautious = graph.space != "exact" or heads == "weighted"
-    with _undone_on_failure(method, info) if cautious else nullcontext():
+    with undone_on_failure(method) if cautious else nullcontext():
         combination = method.combine(taken.gradients)
         apply(taken, combination, heads=heads, scale=scale)
-    return replace(_record(taken.gradients, combination), seconds=time.perf_counter() - started)
+    return replace(record_of(taken.gradients, combination), seconds=time.perf_counter() - started)
 
 
 # ---- private
@@ -339,7 +360,6 @@ def _weighting(
     names: tuple[str, ...],
     losses: list[torch.Tensor],
     method: Method,
-    info: MethodInfo,
     where: Where,
     heads: Heads,
     retain_graph: bool,
@@ -356,7 +376,7 @@ def _weighting(
     if not plain and "losses" in needs:
         known = to_host([losses])[0]
         check_losses(names, known)
-    with nullcontext() if plain else _undone_on_failure(method, info):
+    with nullcontext() if plain else undone_on_failure(method):
         combination = Combination(weights=torch.ones(len(losses), dtype=torch.float64))
         if not plain:
             combination = method.combine(TaskGradients(names=names, losses=known, space="none"))
@@ -388,11 +408,14 @@ def _weighting(
 
 
 @contextmanager
-def _undone_on_failure(method: Method, info: MethodInfo) -> Iterator[None]:
-    """Whatever fails inside, the method knows afterwards what it knew before."""
+def undone_on_failure(method: Method) -> Iterator[None]:
+    """Whatever fails inside, the method knows afterwards what it knew before.
+
+    The whole state of a stateful method is copied for that.
+    """
     inner = [module for module in method.modules() if isinstance(module, Method)]
     before = [(module.tasks, dict(module._buffers)) for module in inner]
-    state = deepcopy(method.state_dict()) if info.stateful else None
+    state = deepcopy(method.state_dict()) if info_of(method).stateful else None
     try:
         yield
     except Exception:
@@ -431,7 +454,11 @@ def _length_factor(direction: torch.Tensor, gradients: TaskGradients, scale: Sca
     return torch.where(length > 0, target / length, torch.zeros_like(length))
 
 
-def _record(gradients: TaskGradients, combination: Combination) -> StepRecord:
+def record_of(gradients: TaskGradients, combination: Combination) -> StepRecord:
+    """A step in plain numbers, from what a method saw and what it decided.
+
+    ``seconds`` is left at zero: whoever calls knows how long the step took.
+    """
     assert gradients.gramian is not None and gradients.losses is not None
     transform = None if combination.transform is None else combination.transform.numpy()
     return StepRecord(

@@ -61,14 +61,27 @@ class Killed(Exception):
     pass
 
 
-# Before any checkpoint, at an epoch's end, and for every method within an epoch.
+# What else may move the parameters, in place of a combined gradient and one of torch's optimizers.
+STEPS: dict[str, dict[str, Any]] = {
+    "mao": {"method": "uniform", "optimizer": "mao", "learning_rate": 1e-3, "measure": True},
+    "mao after pcgrad": {"method": "pcgrad", "optimizer": "mao", "learning_rate": 1e-3},
+    "mtadam": {"method": "uniform", "optimizer": "mtadam", "learning_rate": 1e-3},
+    "backtracking": {"search": "backtracking", "momentum": 0.0, "learning_rate": 1.0},
+    "fast": {"search": "fast", "gradients": "features", "momentum": 0.0, "learning_rate": 1.0},
+    "parts": {"tasks": "left", "micro_batches": 4},
+}
+
+
+# Before any checkpoint, at an epoch's end, and for every method and every other kind of step within an epoch.
 @pytest.mark.parametrize(
-    ("last", "method"), [(1, "mgda"), (8, "mgda"), *((6, method) for method in sorted(detente.methods()))]
+    ("last", "what"),
+    [(1, "mgda"), (8, "mgda"), *((6, what) for what in [*sorted(detente.methods()), *STEPS])],
 )
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
-    tmp_path: Path, digits: MultiDigits, monkeypatch: pytest.MonkeyPatch, last: int, method: str
+    tmp_path: Path, digits: MultiDigits, monkeypatch: pytest.MonkeyPatch, last: int, what: str
 ) -> None:
-    config = replace(CONFIG, method=method, checkpoint_seconds=0.0)  # a checkpoint after every step
+    # A checkpoint after every step.
+    config = replace(CONFIG, checkpoint_seconds=0.0, **STEPS.get(what, {"method": what}))
     run(tmp_path / "whole", digits, config)
     step = loop._Run.run_step
 
@@ -85,6 +98,52 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     monkeypatch.undo()
     run(tmp_path / "halves", digits, config)
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_other_steps_tell_what_they_did(tmp_path: Path, digits: MultiDigits) -> None:
+    for name in ("mao", "fast"):
+        run(tmp_path / name, digits, replace(CONFIG, record_steps=2, **STEPS[name]))
+    mao, fast = (read_run(tmp_path / name) for name in ("mao", "fast"))
+    assert [run.config["label"] for run in (mao, fast)] == ["mao", "mgda (features), fast search"]
+    balance = mao.steps[0]["balance"]
+    assert balance["tasks"] == ["left", "right"] and balance["layers"][0] == "conv1.weight"
+    searched = fast.steps[0]["search"]
+    assert searched["lr_ub"] == 1.0 and searched["eta"] == 2.0 ** -(searched["trials"] - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"search": "fast", "gradients": "features"}, "momentum 0"),
+        ({"search": "fast", "momentum": 0.0}, "needs gradients features"),
+        ({"optimizer": "mao", "method": "dwa"}, "leave method dwa out"),
+        ({"optimizer": "mao", "gradients": "features"}, "use gradients exact"),
+        ({"micro_batches": 2}, "tasks left or right"),
+    ],
+)
+def test_steps_that_do_not_go_together_are_refused(
+    tmp_path: Path, digits: MultiDigits, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, digits, replace(CONFIG, **changes))
+
+
+def test_parts_of_a_batch_play_the_tasks(tmp_path: Path, digits: MultiDigits) -> None:
+    run(tmp_path, digits, replace(CONFIG, **STEPS["parts"]))
+    stored = read_run(tmp_path)
+    assert stored.steps[0]["names"] == ["part 1", "part 2", "part 3", "part 4"]
+    assert stored.config["tasks"] == ["left"] and set(stored.epochs[0]["validation"]) == {"left"}
+
+
+def test_a_guard_tells_each_epoch_what_it_refused(tmp_path: Path, digits: MultiDigits) -> None:
+    run(tmp_path, digits, replace(CONFIG, method="adaptive-mgda", option=("scale=0.5",)))
+    rows = read_run(tmp_path).epochs
+    assert (
+        rows[0]["refused"] == 0 and rows[0]["method"]["refused_share"] == 0
+    )  # the first epoch is not guarded
+    for row in rows:
+        assert row["method"]["refused_share"] == row["refused"] / 4
+        assert set(row["method"]["epsilon_squared"]) == {"left", "right"}
 
 
 def test_the_seed_decides_everything_and_the_surroundings_nothing(

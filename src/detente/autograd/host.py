@@ -27,7 +27,7 @@ def to_host(parts: Sequence[Part]) -> list[np.ndarray]:
     if not everything:
         return [np.zeros(0) for _ in parts]
     if len(everything) == 1:  # a copy all the same: the method may keep it
-        alone = everything[0].detach().to("cpu", torch.float64, copy=True).numpy()
+        alone = everything[0].detach().to(torch.float64).cpu().clone().numpy()
         return [alone if part is everything[0] else alone.reshape(-1)[: len(part)] for part in parts]
     device = next((tensor.device for tensor in everything if not tensor.is_cpu), everything[0].device)
     alike = all(tensor.device == device and tensor.is_floating_point() for tensor in everything)

@@ -31,6 +31,9 @@ class MultiMNISTConfig(TrainingConfig):
     """Both digits, or one of them alone: the single-task baseline."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """Cross-entropy over ten classes, or ten sigmoid outputs with binary cross-entropy (Aygar 2019)."""
+    micro_batches: int = 1
+    """With one digit alone: split every batch into so many equal parts, whose losses play the tasks (a question that
+    Aygar 2019 leaves open); all parameters are then shared."""
     dropout: float = 0.5
     """Dropout probability in trunk and heads."""
     download: bool = False
@@ -43,6 +46,14 @@ class MultiMNIST:
     def __init__(self, config: MultiMNISTConfig, digits: MultiDigits) -> None:
         self.config, self.digits = config, digits
         self.tasks: Sequence[str] = ("left", "right") if config.tasks == "both" else (config.tasks,)
+        if config.micro_batches < 1 or (config.micro_batches > 1 and config.tasks == "both"):
+            raise ValueError(
+                f"micro_batches is {config.micro_batches}: it must be at least 1, and more than 1 only with "
+                "tasks left or right."
+            )
+        self.loss_names: Sequence[str] = self.tasks
+        if config.micro_batches > 1:
+            self.loss_names = tuple(f"part {number + 1}" for number in range(config.micro_batches))
         self.metrics: Sequence[Metric] = [
             metric
             for task in self.tasks
@@ -52,7 +63,8 @@ class MultiMNIST:
 
     def model(self) -> nn.Module:
         """A LeNet with one head of ten outputs per task."""
-        return LeNet(self.config.size, dict.fromkeys(self.tasks, 10), dropout=self.config.dropout)
+        kind = LeNet if self.config.micro_batches == 1 else _WhollyShared
+        return kind(self.config.size, dict.fromkeys(self.tasks, 10), dropout=self.config.dropout)
 
     def split(self, name: SplitName) -> Any:
         """The composites of a split."""
@@ -62,7 +74,23 @@ class MultiMNIST:
         """The 50 values both heads read."""
         return output.features
 
+    def from_features(self, model: nn.Module, features: torch.Tensor) -> Output:
+        """The heads on a representation."""
+        assert isinstance(model, LeNet)
+        return Output(features, model.predict(features))
+
     def losses(self, output: Output, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Mean cross-entropy of each task, or of each part of the batch."""
+        if self.config.micro_batches > 1:
+            (task,) = self.tasks
+            logits = torch.tensor_split(output.predictions[task], self.config.micro_batches)
+            targets = torch.tensor_split(labels[task], self.config.micro_batches)
+            return {
+                name: self._loss(*part) for name, *part in zip(self.loss_names, logits, targets, strict=True)
+            }
+        return self.task_losses(output, labels)
+
+    def task_losses(self, output: Output, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Mean cross-entropy of each task."""
         return {task: self._loss(output.predictions[task], labels[task]) for task in self.tasks}
 
@@ -92,6 +120,14 @@ class MultiMNIST:
         return pairs.images, {task: labels[task] for task in self.tasks}, predictions
 
 
+class _WhollyShared(LeNet):
+    """The same network, all of which the parts of a batch share."""
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """All parameters."""
+        return list(self.parameters())
+
+
 class _Meter:
     def __init__(self, problem: MultiMNIST) -> None:
         self.problem = problem
@@ -102,7 +138,7 @@ class _Meter:
     def update(self, output: Output, labels: dict[str, torch.Tensor]) -> None:
         count = len(output.features)
         self.examples += count
-        for task, loss in self.problem.losses(output, labels).items():
+        for task, loss in self.problem.task_losses(output, labels).items():
             self.accuracy[task].update(output.predictions[task], labels[task])
             self.loss[task] += float(loss) * count
 

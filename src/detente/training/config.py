@@ -33,8 +33,19 @@ class TrainingConfig:
     """Stop after this many steps, whatever the epochs."""
     batch_size: int = 256
     """Examples of one step."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """The optimizer that takes the steps."""
+    optimizer: Literal["sgd", "adam", "adamw", "mao", "mtadam"] = "sgd"
+    """The optimizer that takes the steps; mao and mtadam keep moments of every task and replace the method."""
+    search: Literal["none", "backtracking", "fast"] = "none"
+    """Find the length of every step by a line search, in the parameters or (fast) in the representation, starting from
+    the learning rate."""
+    search_gamma: float = 2.0
+    """Divisor of the length after a rejected trial."""
+    search_c: float = 1e-4
+    """Share of the predicted decrease that a trial must reach."""
+    search_trials: int = 20
+    """Trials of one search."""
+    search_check: int = 0
+    """With the fast search: look at every so many steps whether the condition holds for the network itself."""
     learning_rate: float = 0.01
     """Learning rate at the start."""
     momentum: float = 0.9

@@ -15,14 +15,13 @@ from torch import nn
 
 from detente.methods import Method, create, describe
 from detente.records import SCHEMA, RunFolder, versions
-from detente.step import backward
 from detente.training import checkpoint
 from detente.training.config import TrainingConfig
 from detente.training.memory import peak_bytes, reset_peak
 from detente.training.problem import Problem, SplitName
 from detente.training.progress import Progress, progress
 from detente.training.selection import chosen, kept
-from detente.values import StepRecord
+from detente.training.steps import GradientSteps, PerTaskSteps, SearchedSteps, Steps
 
 _EVALUATION_BATCH = 1000
 _SAMPLES = 12
@@ -90,7 +89,7 @@ def train(
     stored = {
         "schema": SCHEMA,
         "experiment": experiment,
-        "label": label or (f"{described.name} ({space})" if space != "none" else described.name),
+        "label": label or _label(config, described.name, space),
         "method": config.method,
         "options": config.method_options(),
         "gradients": space,
@@ -121,7 +120,7 @@ def create_method(problem: Problem, config: TrainingConfig) -> Method:
     method = create(config.method, **options)
     if "seed" in describe(method).options:
         options.setdefault("seed", config.seed)
-    return create(config.method, tasks=tuple(problem.tasks), **options)
+    return create(config.method, tasks=tuple(getattr(problem, "loss_names", problem.tasks)), **options)
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
@@ -187,10 +186,8 @@ class _Run:
         self.quiet = quiet
         fabric = Fabric(accelerator="auto", devices=1)
         self.module = problem.model()
-        self.model, self.optimizer = fabric.setup(self.module, make_optimizer(self.module, config))
+        self.model, self.steps = _set_up(fabric, problem, config, method, self.module)
         self.device = fabric.device
-        named = getattr(self.module, "shared_parameters", None)
-        self.shared = None if named is None else list(named())
         self.data = problem.split("train")
         batches = -(-len(self.data) // config.batch_size)
         self.total = (
@@ -215,7 +212,7 @@ class _Run:
             state = checkpoint.load(path)
             try:
                 self.module.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
+                self.steps.load_state_dict(state["optimizer"])
                 self.method.load_state_dict(state["method"])
                 self.at = Position(**state["position"])
                 checkpoint.restore_random_state(state["random"], self.device)
@@ -230,7 +227,7 @@ class _Run:
         self.records.flush()
         state = {
             "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.steps.state_dict(),
             "method": self.method.state_dict(),
             "position": asdict(self.at),
             "random": checkpoint.random_state(self.device),
@@ -250,9 +247,7 @@ class _Run:
     def run_epoch(self, report: Progress) -> None:
         """The rest of the current epoch, its validation, its record, a checkpoint."""
         config, at = self.config, self.at
-        if config.halve_every:
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.learning_rate * 0.5 ** (at.epoch // config.halve_every)
+        rate = self.steps.rate(at.epoch)
         order = torch.split(epoch_order(len(self.data), config.seed, at.epoch), config.batch_size)
         saved = time.monotonic()
         started = time.perf_counter()
@@ -274,9 +269,12 @@ class _Run:
             "train_loss": {task: total / at.examples for task, total in at.loss_sums.items()},
             "validation": metrics,
             "seconds": at.epoch_seconds,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": rate,
             "refused": at.refused,
         }
+        told = self.method.epoch_record()
+        if told:
+            row["method"] = told
         self.records.append_epoch(row)
         at.epoch, at.batch, at.loss_sums, at.examples, at.refused, at.epoch_seconds = (
             at.epoch + 1,
@@ -307,15 +305,10 @@ class _Run:
         # At most every second step, so that there are unmeasured ones left to tell what a step costs.
         measure = config.measure and at.step % max(2, self.stride) == 0 and not self.info.takes_gradients
         started = time.perf_counter()
-        output = self.model(inputs)
-        losses = self.problem.losses(output, labels)
         try:
-            record = self.balance(output, losses, measure)
+            record, further = self.steps.step(inputs, labels, measure)
         except ValueError as error:
             raise ValueError(f"step {at.step + 1} of {self.records.path}: {error}") from error
-        if record.accepted:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
         if "after_step" in self.info.needs:
             with torch.no_grad():
                 self.method.after_step(self.problem.losses(self.model(inputs), labels))
@@ -328,28 +321,7 @@ class _Run:
         for name, loss in zip(record.names, record.losses, strict=True):
             at.loss_sums[name] = at.loss_sums.get(name, 0.0) + loss * len(indices)
         if recorded:
-            self.records.append_step({"step": at.step, "epoch": at.epoch + 1, **record.to_dict()})
-
-    def balance(self, output: Any, losses: Mapping[str, torch.Tensor], measure: bool) -> StepRecord:
-        """Fill ``.grad``, in the space the configuration names."""
-        config = self.config
-        space = (
-            config.gradients if self.info.takes_gradients or measure or config.scale != "native" else "none"
-        )
-        last: Any = getattr(self.module, "last_shared_parameters", None)
-        if space == "layer" and last is None:
-            raise ValueError(
-                "the network names no last_shared_parameters(); use gradients exact or features."
-            )
-        return backward(
-            losses,
-            self.method,
-            features=self.problem.features(output) if space == "features" else None,
-            shared=self.shared,
-            solve_on=last() if space == "layer" else None,
-            scale=config.scale,
-            measure=measure,
-        )
+            self.records.append_step({"step": at.step, "epoch": at.epoch + 1, **record.to_dict(), **further})
 
     def signed(self, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Each task's main metric, signed so that higher is better."""
@@ -402,6 +374,28 @@ class _Run:
         }
         self.records.write_result(result)
         return result
+
+
+def _label(config: TrainingConfig, method: str, space: str) -> str:
+    """What tables call a run: the method, where it is solved, and what else moves the parameters."""
+    name = f"{method} ({space})" if space != "none" else method
+    if config.search != "none":
+        return f"{name}, {config.search} search" if config.search == "fast" else f"{name}, {config.search}"
+    if config.optimizer in ("mao", "mtadam"):
+        return config.optimizer if space == "none" else f"{config.optimizer} after {method}"
+    return name
+
+
+def _set_up(
+    fabric: Any, problem: Problem, config: TrainingConfig, method: Method, module: nn.Module
+) -> tuple[nn.Module, Steps]:
+    """The network on its device, and what moves its parameters."""
+    if config.search == "none" and config.optimizer not in ("mao", "mtadam"):
+        model, optimizer = fabric.setup(module, make_optimizer(module, config))
+        return model, GradientSteps(problem, config, method, module, model, optimizer)
+    model = fabric.setup_module(module)
+    kind = PerTaskSteps if config.search == "none" else SearchedSteps
+    return model, kind(problem, config, method, module, model)
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

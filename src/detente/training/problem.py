@@ -39,6 +39,8 @@ class Meter(Protocol):
 class Problem(Protocol):
     """A network with several losses on some data: everything the loop does not know by itself.
 
+    A problem whose losses are not named like its tasks also has ``loss_names``.
+
     Attributes:
         tasks: the tasks' names.
         metrics: every metric the meter computes, with its direction.
@@ -60,6 +62,9 @@ class Problem(Protocol):
 
     def features(self, output: Any) -> Any:
         """The shared representation in an output of the network: one tensor or several."""
+
+    def from_features(self, model: nn.Module, features: Any) -> Any:
+        """The output of the heads alone on a representation, for a line search in it."""
 
     def losses(self, output: Any, labels: Any) -> dict[str, torch.Tensor]:
         """The loss of each task for a batch."""

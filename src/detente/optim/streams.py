@@ -1,0 +1,166 @@
+"""Task gradients for an optimizer: one task after the other, or altered by a method, which needs all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from detente.autograd.exact import exact_pass
+from detente.autograd.flat import Gradients, Layout, finite, gradients_of, present, probes
+from detente.autograd.host import to_host
+from detente.autograd.measure import measure_gradients
+from detente.autograd.partition import Memory
+from detente.autograd.take import Where
+from detente.values import Combination, TaskGradients
+
+# Methods known to give a transform; a test holds the list against the registry.
+ALTERING = ("aligned-mtl", "gradvac", "pcgrad", "upgrad")
+
+
+class Altering(Protocol):
+    """What a method offers of which an optimizer takes the altered gradients; every detente method has this form."""
+
+    def needs_now(self) -> frozenset[str]:
+        """What the next call needs."""
+
+    def combine(self, gradients: TaskGradients) -> Combination:
+        """One training step of the method."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Restore its state."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The gradients an optimizer asks for in one step.
+
+    Attributes:
+        names: T tasks, in the order in which their backwards run.
+        losses: T finite scalars with their graph.
+        shared, specific: parameters by their role.
+        name_of: gives a parameter's name, for messages.
+    """
+
+    names: tuple[str, ...]
+    losses: Sequence[torch.Tensor]
+    shared: Sequence[torch.Tensor]
+    specific: Sequence[torch.Tensor]
+    name_of: Callable[[torch.Tensor], str]
+
+
+def streamed(asked: Asked, own: dict[torch.Tensor, torch.Tensor]) -> Iterator[tuple[str, Gradients]]:
+    """Task by task the gradients of the shared parameters; each is let go before the next backward.
+
+    Args:
+        asked: what to take.
+        own: filled with the gradients of task-specific parameters, those of several tasks added up.
+
+    Raises:
+        ValueError: a gradient is not finite; task and parameter are named, and the tasks whose gradients were handed
+            out before.
+    """
+    inputs, last = [*asked.shared, *asked.specific], len(asked.names) - 1
+    for place, (name, loss) in enumerate(zip(asked.names, asked.losses, strict=True)):
+        found = gradients_of([loss], inputs, None, retain_graph=place < last)
+        _check(asked, place, present(inputs, found))
+        # Never added in place: autograd may hand out one tensor for two inputs.
+        for parameter, gradient in present(asked.specific, found[len(asked.shared) :]):
+            own[parameter] = own[parameter] + gradient if parameter in own else gradient
+        pairs = present(asked.shared, found[: len(asked.shared)])
+        del found
+        yield name, pairs
+        del pairs  # its memory serves the next task's gradients
+
+
+def altered(
+    asked: Asked, method: Altering, workspace: Memory, own: dict[torch.Tensor, torch.Tensor]
+) -> tuple[Combination, Iterator[tuple[str, Gradients]]]:
+    """What a method makes of the task gradients, and task by task the altered gradients of the shared parameters.
+
+    The matrix [T, P] of all task gradients is held, and one altered row at a time.
+
+    Args:
+        asked: what to take.
+        method: gives a transform [T, T].
+        workspace: lends the matrix.
+        own: filled as by :func:`streamed`; the method has no say in them.
+
+    Raises:
+        ValueError: a gradient is not finite, no loss reaches a shared parameter, or the method rejects the input or
+            gives no transform. The method's state is then as it was.
+    """
+    where = Where(None, tuple(asked.shared), tuple(asked.specific), None)
+    parts = where.partition(asked.names, asked.losses, workspace)
+    graph = exact_pass(asked.losses, parts, workspace, retain_graph=False)
+    taken = measure_gradients(asked.names, graph, blocks="blocks" in method.needs_now())
+    before = deepcopy(method.state_dict())
+    combination = method.combine(taken.gradients)
+    transform = combination.transform
+    if transform is None and combination.accepted:
+        assert taken.gradients.gramian is not None
+        if taken.gradients.gramian.any():
+            method.load_state_dict(before)
+            raise ValueError(
+                f"transform={_called(method)} gives no altered gradient for each task in this step; it combines them "
+                f"in another way. Methods that do: {', '.join(ALTERING)} (with their default options), or leave "
+                "transform= out. Nothing was changed."
+            )
+        transform = torch.eye(len(asked.names), dtype=torch.float64)  # of zeros there is nothing to alter
+    for pairs in graph.own:
+        for parameter, gradient in pairs:
+            own[parameter] = own[parameter] + gradient if parameter in own else gradient
+    if transform is None:
+        return combination, iter(())
+    jacobian, factors = taken.gradients.jacobian, transform
+    assert jacobian is not None
+
+    def rows() -> Iterator[tuple[str, Gradients]]:
+        layout, mixed = Layout(parts.shared), jacobian.new_empty(jacobian.shape[1])
+        for place, (name, row) in enumerate(zip(asked.names, factors, strict=True)):
+            # A parameter that neither this task nor one mixed into it reaches is none of its business: no zero there.
+            reached = 1 << place | sum(1 << task for task, factor in enumerate(row.tolist()) if factor)
+            factors_of_row = row.to(device=jacobian.device, dtype=jacobian.dtype)
+            torch.matmul(factors_of_row[None], jacobian, out=mixed[None])
+            pieces = zip(parts.shared, parts.reached, layout.split(mixed), strict=True)
+            yield name, [(tensor, piece) for tensor, mask, piece in pieces if mask & reached]
+
+    return combination, rows()
+
+
+def _check(asked: Asked, place: int, gradients: Gradients) -> None:
+    """See that one task's gradients are finite, before anything takes them in."""
+    probed = probes(gradient for _, gradient in gradients)
+    (known,) = to_host([probed])
+    if np.isfinite(known).all():
+        return
+    fine = finite([gradient for _, gradient in gradients], known)
+    if fine.all():
+        return
+    where = asked.name_of(gradients[int(np.argmin(fine))][0])
+    before = asked.names[:place]
+    state = "Nothing was changed."
+    if before:
+        state = (
+            f"Parameters, step counters and the moments of this task are as they were; the moments of "
+            f"{_tasks(before)}, whose backward came first, have already taken in their gradient of this step."
+        )
+    raise ValueError(
+        f"the gradient of task {asked.names[place]!r} is not finite (NaN or Inf), first in {where}. {state} Look for a "
+        "division by zero, a logarithm of zero, or a learning rate too high for this task."
+    )
+
+
+def _tasks(names: Sequence[str]) -> str:
+    return f"task{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
+
+
+def _called(method: Altering) -> str:
+    return str(getattr(getattr(method, "declares", None), "name", type(method).__name__))

@@ -1,0 +1,190 @@
+"""Every wrong option, closure and network is named, before anything moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import detente
+from detente.linesearch import Backtracking, ClosureChanged, FastBacktracking
+
+KINDS = [Backtracking, FastBacktracking]
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[({"lr_ub": value}, "option lr_ub is") for value in (0, -1.0, NAN, INF, "0.1", True)],
+        *[({"gamma": value}, "option gamma is .*> 1") for value in (1.0, 0.5, -2, NAN, INF)],
+        *[({"c": value}, "option c is") for value in (0.0, 1.0, -0.1, 2, NAN)],
+        *[
+            ({"max_trials": value}, "option max_trials is .*whole number >= 1")
+            for value in (0, -1, 2.5, True)
+        ],
+        ({"on_cap": "stop"}, "option on_cap is 'stop'; choose one of 'skip', 'error'"),
+        ({"on_no_descent": "ignore"}, "option on_no_descent is 'ignore'"),
+        ({"on_no_descent": "small-step"}, "small_step= belong together"),
+        ({"small_step": 0.1}, "small_step= belong together"),
+        ({"on_no_descent": "small-step", "small_step": 0.0}, "option small_step is 0.0"),
+        ({"lower_ub": "always"}, "option lower_ub is 'always'"),
+        ({"lower_ub": "cap", "on_cap": "error"}, "lower_ub='cap' counts searches"),
+        ({"patience": 0}, "option patience is 0"),
+        ({"check_steps": -1}, "option check_steps is -1"),
+        ({"rounding": -1.0}, "option rounding is -1.0; give a finite number >= 0"),
+        ({"precondition": "sgd"}, "option precondition is 'sgd'"),
+        ({"shared": []}, "shared= is empty"),
+    ],
+)
+def test_options(kind: Any, options: dict[str, Any], message: str, net: Any) -> None:
+    given = {"shared": net.encoder, "task_specific": net.heads, "lr_ub": 0.1} | options
+    with pytest.raises(ValueError, match=message):
+        kind(detente.create("mgda"), **given)
+
+
+def test_the_fast_search_says_why_it_has_no_preconditioner(net: Any) -> None:
+    with pytest.raises(ValueError, match=r"other examples in every step.*Use Backtracking"):
+        FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1, precondition="adam")  # type: ignore[arg-type]
+    for bad in (-1, 1.5, 0):
+        with pytest.raises(ValueError, match="option check_true is"):
+            FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1, check_true=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_and_roles(kind: Any, net: Any) -> None:
+    with pytest.raises(TypeError, match=r"method is a str.*detente.create\('mgda'\)"):
+        kind("mgda", net.encoder, net.heads, 0.1)
+    with pytest.raises(TypeError, match="shared= takes parameters or modules, got int"):
+        kind(detente.create("mgda"), 3, net.heads, 0.1)
+    with pytest.raises(TypeError, match="task_specific= takes parameters or modules, got NoneType"):
+        kind(detente.create("mgda"), net.encoder, None, 0.1)
+    with pytest.raises(TypeError, match="modules= takes modules, got Tensor"):
+        kind(detente.create("mgda"), net.encoder, net.heads, 0.1, modules=[torch.ones(1)])
+    with pytest.raises(
+        ValueError, match=r"2 parameters \(the first has shape \(16, 6\)\) are named in shared= and"
+    ):
+        kind(detente.create("mgda"), net.encoder, {"a": net.encoder[0]}, 0.1)
+
+
+def test_a_method_that_does_not_run_in_this_space(net: Any) -> None:
+    spaces = {name: info.spaces for name, info in detente.methods().items()}
+    name = next(name for name, where in spaces.items() if "features" not in where)
+    with pytest.raises(ValueError, match=f"{name} cannot be solved in the space 'features'"):
+        FastBacktracking(detente.create(name), net.encoder, net.heads, 0.1)
+
+
+def test_lr_ub_set_by_a_schedule_is_checked(net: Any) -> None:
+    search = Backtracking(detente.create("mgda"), net.encoder, net.heads, 0.1)
+    search.lr_ub = 0.05
+    with pytest.raises(ValueError, match="option lr_ub is 0"):
+        search.lr_ub = 0
+    assert search.lr_ub == 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closures(kind: Any, net: Any, batch: Any) -> None:
+    x = batch(0)
+    z = net.encoder(x)
+    losses = net.losses(z, x)
+    for wrong, error, message in (
+        (lambda features=None: losses, TypeError, r"pair \(features, losses\), got dict"),
+        (lambda features=None: (z, {"a": losses["a"].detach()}), ValueError, "task 'a' has no graph"),
+        (lambda features=None: (z, {}), ValueError, "losses is empty"),
+        (lambda features=None: (z, {"a": z[:, 0]}), ValueError, "task 'a' has shape"),
+        (
+            lambda features=None: (z, {"a": losses["a"] * NAN}),
+            ValueError,
+            "the loss of task 'a' is not finite",
+        ),
+    ):
+        search = kind(detente.create("mgda"), net.encoder, net.heads, 0.1)
+        with pytest.raises(error, match=message):
+            search.step(wrong)
+        assert search.steps == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_tasks_in_a_later_pass(kind: Any, net: Any, batch: Any) -> None:
+    for later in ({"a": "a", "c": "b"}, {"a": "a"}, None):
+        inner, passes = net.closure(batch(0)), []
+
+        def closure(
+            features: Any = None, inner: Any = inner, passes: Any = passes, later: Any = later
+        ) -> Any:
+            z, losses = inner(features)
+            passes.append(features)
+            if len(passes) <= (1 if kind is Backtracking else 2):
+                return z, losses
+            return z, [losses["a"]] if later is None else {new: losses[old] for new, old in later.items()}
+
+        with pytest.raises(ClosureChanged, match="gave losses of tasks a, b at first and then of"):
+            kind(detente.create("mgda"), net.encoder, net.heads, 0.1).step(closure)
+
+
+def test_losses_in_another_order_are_the_same_losses(net: Any, batch: Any) -> None:
+    inner, passes = net.closure(batch(0)), []
+
+    def closure(features: Any = None) -> Any:
+        z, losses = inner(features)
+        passes.append(features)
+        return z, dict(reversed(losses.items())) if len(passes) > 1 else losses
+
+    found = Backtracking(detente.create("mgda"), net.encoder, net.heads, 0.1).step(closure)
+    assert found.names == ("a", "b") and found.accepted
+
+
+@pytest.mark.parametrize("features", [None, [], "z", [1.0], torch.ones(1, dtype=torch.complex64)])
+def test_no_representation(features: Any, net: Any, batch: Any) -> None:
+    losses = net.losses(net.encoder(batch(0)), batch(0))
+    search = FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1)
+    with pytest.raises(TypeError, match=r"\(features, losses\) with features a real tensor"):
+        search.step(lambda given=None: (features, losses))
+
+
+def test_a_closure_that_ignores_the_features_it_is_given(net: Any, batch: Any) -> None:
+    inner = net.closure(batch(0))
+    search = FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1)
+    with pytest.raises(ValueError, match="another representation than it was given"):
+        search.step(lambda features=None: inner())
+
+
+def test_shared_parameters_reached_past_the_representation() -> None:
+    torch.manual_seed(0)
+    encoder, shared_head = nn.Linear(3, 4), nn.Linear(4, 2)
+    x = torch.randn(5, 3)
+
+    def closure(features: Any = None) -> Any:
+        z = encoder(x) if features is None else features
+        y = shared_head(z)
+        return z, [y[:, 0].square().mean(), (y[:, 1] - 1).square().mean()]
+
+    search = FastBacktracking(detente.create("mgda"), [encoder, shared_head], [], 0.1)
+    with pytest.raises(ValueError, match=r"reached past the representation.*Backtracking"):
+        search.step(closure)
+    assert Backtracking(detente.create("mgda"), [encoder, shared_head], [], 0.1).step(closure).accepted
+
+
+def test_nothing_to_search_along(net: Any, batch: Any) -> None:
+    net.encoder.requires_grad_(False)
+    search = Backtracking(detente.create("mgda"), net.encoder, net.heads, 0.1)
+    with pytest.raises(ValueError, match="no parameter named in shared= requires a gradient"):
+        search.step(net.closure(batch(0)))
+
+
+def test_generators_of_parameters_serve_every_step(net: Any, batch: Any) -> None:
+    search = Backtracking(
+        detente.create("mgda"),
+        (p for p in net.encoder.parameters()),
+        {"a": net.heads["a"].parameters(), "b": (p for p in net.heads["b"].parameters())},
+        0.1,
+    )
+    for step in range(3):
+        before = [parameter.clone() for parameter in net.parameters()]
+        search.step(net.closure(batch(step)))
+        # A bias before batch norm has no gradient to speak of; everything else moves.
+        moved = sum(not a.equal(b) for a, b in zip(before, net.parameters(), strict=True))
+        assert moved >= 10

@@ -1,0 +1,577 @@
+"""What an optimizer that takes the losses promises: groups, saving, layouts, memory, errors that change nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from twin_adams import Model, Twin
+
+import detente
+import detente.optim
+from detente.optim import MAO, MTAdam, TaskBalance, kernels, streams
+
+BOTH = pytest.mark.parametrize("kind", [MAO, MTAdam])
+
+
+def numbers(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def saved(state: Any) -> Any:
+    """Through a file, as torch.save and torch.load (weights only) make it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+# ---- a real optimizer
+
+
+@BOTH
+def test_groups_have_learning_rates_of_their_own_and_schedulers_turn_them(kind: Callable[..., Any]) -> None:
+    model = Model("a")
+    optimizer = kind([{"params": model.trunk}, {"params": model.detour, "lr": 0.02}], model.heads, lr=0.01)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.02, 0.01]
+    assert [group["role"] for group in optimizer.param_groups] == ["shared", "shared", "task-specific"]
+    other = Model("a")
+    groups = [
+        {"params": list(other.trunk.parameters())},
+        {"params": list(other.detour.parameters()), "lr": 0.02},
+    ]
+    reference = torch.optim.Adam([*groups, {"params": list(other.heads.parameters())}], lr=0.01)
+    schedules = [CosineAnnealingLR(one, T_max=15) for one in (optimizer, reference)]
+    for step in range(20):
+        optimizer.step(model.losses(step))
+        reference.zero_grad()
+        other.losses(step)["a"].backward()
+        reference.step()
+        for schedule in schedules:
+            schedule.step()
+    torch.testing.assert_close(numbers(model), numbers(other), rtol=0, atol=1e-13)
+    assert optimizer.param_groups[1]["lr"] == reference.param_groups[1]["lr"] != 0.02
+
+
+@BOTH
+@pytest.mark.parametrize("transform", [None, "pcgrad"])
+def test_a_saved_state_goes_on_bit_for_bit(kind: Callable[..., Any], transform: str | None) -> None:
+    def new(model: Model) -> tuple[Any, LambdaLR]:
+        options = {"transform": detente.create(transform, seed=3)} if transform and kind is MAO else {}
+        optimizer = kind(model.shared, model.heads, lr=0.01, weight_decay=0.1, **options)
+        return optimizer, LambdaLR(optimizer, lambda step: 0.9**step)
+
+    def train(model: Model, optimizer: Any, schedule: LambdaLR, steps: range) -> None:
+        for step in steps:
+            optimizer.step(model.losses(step, ["abc", "ab", "bc"][step % 3]))
+            schedule.step()
+
+    whole = Model()
+    uninterrupted = new(whole)
+    train(whole, *uninterrupted, range(20))
+    first = Model()
+    optimizer, schedule = new(first)
+    train(first, optimizer, schedule, range(11))
+    file = saved(
+        {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    )
+    second = Model(seed=5)
+    resumed, again = new(second)
+    second.load_state_dict(file["model"])
+    resumed.load_state_dict(file["optimizer"])
+    again.load_state_dict(file["schedule"])
+    assert resumed.tasks == ("a", "b", "c")
+    train(second, resumed, again, range(11, 20))
+    assert same(numbers(second), numbers(whole)) and not same(numbers(first), numbers(whole))
+    # The optimizer that was saved was not touched by the other's steps, even without a file in between.
+    third, direct = Model(), None
+    third.load_state_dict(first.state_dict())
+    direct, again = new(third)
+    direct.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(file["schedule"])
+    train(third, direct, again, range(11, 20))
+    train(first, optimizer, schedule, range(11, 20))
+    assert same(numbers(third), numbers(whole)) and same(numbers(first), numbers(whole))
+
+
+@BOTH
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_copies_go_on_alike(kind: Callable[..., Any], how: Callable[[Any], Any]) -> None:
+    model = Model()
+    optimizer = kind(model.shared, model.heads, lr=0.01)
+    for step in range(3):
+        optimizer.step(model.losses(step))
+    other, copied = how((model, optimizer))
+    for step in range(3, 6):
+        optimizer.step(model.losses(step))
+        copied.step(other.losses(step), measure=True)
+    assert same(numbers(model), numbers(other))
+    assert copied.balance.layers == ("0.0.weight", "0.0.bias", "0.2.weight", "0.2.bias", "1.weight", "1.bias")
+
+
+def test_a_group_may_be_added_while_training() -> None:
+    """From then on it moves; its counters start at one, those of the others go on."""
+    model, other = Model(), Model()
+    optimizer = MAO(model.trunk, model.heads, lr=0.01)
+    twin = Twin([*other.trunk.parameters()], [*other.heads.parameters()], lr=0.01)
+    for step in range(10):
+        if step == 5:
+            assert torch.equal(model.detour.weight, Model().detour.weight)
+            optimizer.add_param_group({"params": model.detour})
+            added = [*other.detour.parameters()]
+            # The twin counts places, and the heads come after all the shared ones.
+            twin.memory = {
+                (key + len(added) if isinstance(key, int) else key): kept for key, kept in twin.memory.items()
+            }
+            twin.shared += added
+        optimizer.step(model.losses(step, detour="ab"), measure=True)
+        twin.step(other.losses(step, detour="ab"))
+    torch.testing.assert_close(numbers(model), numbers(other), rtol=0, atol=1e-13)
+    assert optimizer.balance.layers[-2:] == ("weight", "bias")
+
+
+def test_hooks_around_a_step_run() -> None:
+    model, seen = Model(), []
+    optimizer = MAO(model.shared, model.heads)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.step(model.losses(0))
+    assert seen == ["before", "after"]
+
+
+@BOTH
+def test_grad_is_neither_read_nor_written(kind: Callable[..., Any]) -> None:
+    model, other = Model(), Model()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    one, two = kind(model.shared, model.heads), kind(other.shared, other.heads)
+    for step in range(3):
+        one.step(model.losses(step))
+        two.step(other.losses(step))
+        two.zero_grad()
+    assert same(numbers(model), numbers(other))
+    assert all(bool((p.grad == 7.0).all()) for p in model.parameters())
+    assert all(p.grad is None for p in other.parameters())
+    one.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_room_is_there_after_importing_it() -> None:
+    assert detente.optim.MAO is MAO and issubclass(MAO, torch.optim.Optimizer)
+
+
+def test_the_record_of_a_step() -> None:
+    model = Model()
+    optimizer = MAO(model.shared, model.heads)
+    losses = model.losses(0)
+    record = optimizer.step(losses)
+    assert record.names == ("a", "b", "c") and record.weights is None and record.space == "exact"
+    assert record.losses == tuple(loss.item() for loss in losses.values())
+    assert record.status == "ok" and record.accepted and record.raw is None and record.seconds > 0
+    assert record.to_dict()["names"] == ["a", "b", "c"]
+    record = optimizer.step({"a": model.losses(0)["a"], "far": model.heads["b"].bias.sum()})
+    assert record.notes == ("task 'far' reaches no shared parameter",)
+    assert MAO((), model).step(list(model.losses(0).values())).space == "none"
+
+
+# ---- who moves
+
+
+@BOTH
+def test_what_no_loss_reaches_is_left_alone(kind: Callable[..., Any]) -> None:
+    """No update and no weight decay, as torch does for a gradient of None."""
+    model = Model()
+    optimizer = kind(model.shared, model.heads, lr=0.01, weight_decay=0.5)
+    optimizer.step(model.losses(0))
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.step(model.losses(1, "bc", detour=""))
+    after, names = model.state_dict(), [name for name, _ in model.named_parameters()]
+    still = {name for name in names if torch.equal(before[name], after[name])}
+    assert still == {"detour.weight", "detour.bias", "heads.a.weight", "heads.a.bias"}
+    # The absent task's moments and counters wait.
+    kept = optimizer.state[model.trunk[0].weight]
+    assert (kept["a"]["step"], kept["b"]["step"]) == (1, 2)
+    assert torch.equal(kept["a"]["exp_avg"], state[0]["a"]["exp_avg"])
+    assert not torch.equal(kept["b"]["exp_avg"], state[0]["b"]["exp_avg"])
+
+
+def test_frozen_parameters_may_be_named() -> None:
+    model = Model()
+    model.trunk[0].requires_grad_(False)
+    MAO(model.shared, model.heads, weight_decay=0.1).step(model.losses(0))
+    assert torch.equal(model.trunk[0].weight, Model().trunk[0].weight)
+    assert not torch.equal(model.trunk[2].weight, Model().trunk[2].weight)
+
+
+@pytest.mark.parametrize("role", ["shared", "own"])
+@pytest.mark.parametrize("path", ["fused", "foreach"])
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        lambda: torch.randn(3, 5),
+        lambda: torch.randn(5, 3).t(),
+        lambda: torch.randn(3, 10)[:, ::2],
+        lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        lambda: torch.randn(()),
+        lambda: torch.randn(0, 3),
+        lambda: torch.randn(3, dtype=torch.complex64),
+        lambda: torch.randn(6, 3)[::2],
+    ],
+    ids=["plain", "transposed", "strided", "channels-last", "scalar", "empty", "complex", "rows"],
+)
+def test_any_layout_of_parameter_and_gradient(
+    leaf: Callable[[], torch.Tensor], path: str, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients that are expanded, transposed or dense; torch's plain Adam on a dense copy says what is right."""
+    if path == "foreach":
+        monkeypatch.setattr(kernels, "can_fuse", lambda tensor: False)
+    torch.manual_seed(0)
+    parameter = nn.Parameter(leaf())
+    start = parameter.detach().clone()
+    reference = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
+    optimizer = MAO([parameter], lr=0.1) if role == "shared" else MAO((), [parameter], lr=0.1)
+    adam = torch.optim.Adam([reference], lr=0.1, foreach=False, fused=False)
+    other_way = torch.randn(start.shape[::-1], dtype=start.dtype).permute(*reversed(range(start.dim())))
+    of_step: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda p: p.real.sum(),  # one number, expanded
+        lambda p: (p * other_way).real.sum(),  # as other_way lies in memory
+        lambda p: (p * p.conj()).real.sum(),  # as p does
+        lambda p: p.abs().sum(),
+    ]
+    for loss in of_step:
+        optimizer.step([loss(parameter)])
+        adam.zero_grad()
+        loss(reference).backward()
+        adam.step()
+    assert parameter.stride() == leaf().stride()
+    torch.testing.assert_close(parameter.detach(), reference.detach(), rtol=1e-5, atol=1e-6)
+    assert parameter.numel() == 0 or float((parameter.detach() - start).abs().min()) > 1e-3
+
+
+def test_sparse_gradients_are_written_out() -> None:
+    table = nn.Embedding(5, 2, sparse=True)
+    dense = nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+    for embedding in (table, dense):
+        optimizer = MAO(embedding, lr=0.1)
+        for index in ([0, 1], [1, 1], [3, 0]):
+            optimizer.step(
+                [embedding(torch.tensor(index)).square().sum(), embedding(torch.tensor([2])).sum()]
+            )
+    assert torch.equal(table.weight, dense.weight)
+
+
+def test_groups_of_two_dtypes_and_half_precision() -> None:
+    double, half = nn.Linear(3, 4).double(), nn.Linear(4, 2).bfloat16()
+    optimizer = MAO([double, half], lr=0.01)
+    for _ in range(3):
+        z = half(double(torch.ones(2, 3, dtype=torch.float64)).bfloat16())
+        optimizer.step([z.square().sum(), z.float().sum().double()])
+    assert optimizer.state[half.weight]["0"]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_checkpointed_trunks_work() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, other = Model("ab"), Model("ab")
+    one, two = MAO(model.trunk, model.heads), MAO(other.trunk, other.heads)
+    x = torch.randn(4, 4, dtype=torch.float64)
+    z = checkpoint(model.trunk, x, use_reentrant=False)
+    one.step([head(z).square().mean() for head in model.heads.values()])
+    z = other.trunk(x)
+    two.step([head(z).square().mean() for head in other.heads.values()])
+    assert same(numbers(model), numbers(other))
+
+
+@BOTH
+def test_one_gradient_of_the_shared_parameters_lives_at_a_time(
+    kind: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside it and the state there is one update; the state has two tensors for each task and parameter."""
+    model = Model()
+    optimizer = kind(model.shared, model.heads)
+    real, alive, earlier = streams.gradients_of, [], []
+
+    def watched(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        shared = [p for module in model.shared for p in module.parameters()]
+        alive.append(sum(reference() is not None for reference in earlier))
+        found = real(outputs, inputs, *args, **kwargs)
+        earlier.extend(weakref.ref(g) for g in found[: len(shared)] if g is not None)
+        return found
+
+    monkeypatch.setattr(streams, "gradients_of", watched)
+    optimizer.step(model.losses(0))
+    optimizer.step(model.losses(1))
+    assert alive == [0] * 6 and len(earlier) > 20
+    if kind is MAO:
+        assert {p: u.shape for p, u in optimizer._updates.items()} == {
+            p: p.shape for module in model.shared for p in module.parameters()
+        }
+
+
+def test_a_graph_from_before_the_step_is_not_walked_in_silence() -> None:
+    model = Model("ab")
+    for optimizer in (MAO(model.shared, model.heads), MAO((), model), MAO(model)):
+        losses = model.losses(0)
+        late = model.heads["a"](model.trunk(torch.ones(1, 4, dtype=torch.float64))).sum()
+        optimizer.step(losses)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
+
+
+# ---- one copy, before any backward
+
+
+def test_the_losses_are_read_once_before_any_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detente.optim import base
+
+    model, events = Model(), []
+    for module, name in ((base, "to_host"), (streams, "gradients_of"), (streams, "to_host")):
+        function = getattr(module, name)
+
+        def noted(
+            *args: Any,
+            _f: Any = function,
+            _n: str = f"{module.__name__.rpartition('.')[2]}.{name}",
+            **kwargs: Any,
+        ) -> Any:
+            events.append(_n)
+            return _f(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+    optimizer = MAO(model.shared, model.heads)
+    optimizer.step(model.losses(0))
+    assert events == ["base.to_host", *["streams.gradients_of", "streams.to_host"] * 3]
+    events.clear()
+    losses = model.losses(0)
+    with pytest.raises(ValueError, match=r"the loss of task 'c' is not finite.*Nothing was changed"):
+        optimizer.step({**losses, "c": losses["c"] * float("nan")})
+    assert events == ["base.to_host"]
+
+
+# ---- bad input
+
+
+def everything(model: nn.Module, optimizer: Any) -> Any:
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def differences(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return not torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() != other.keys() or any(differences(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) != len(other) or any(differences(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one != other)
+
+
+def huge(x: torch.Tensor) -> torch.Tensor:
+    """Finite, with a gradient that is not."""
+    return (x * 0).abs().sqrt().sum()
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["shared", "own"])
+def test_a_gradient_that_is_not_finite_leaves_parameters_and_counters(
+    kind: Callable[..., Any], where: str
+) -> None:
+    model = Model()
+    optimizer = kind(model.shared, model.heads, lr=0.01, weight_decay=0.1)
+    for step in range(3):
+        optimizer.step(model.losses(step))
+    parameters, before = numbers(model), copy.deepcopy(optimizer.state_dict())
+    losses = model.losses(3)
+    bad = model.trunk[2].bias if where == "shared" else model.heads["b"].bias
+    layer = r"0\.2\.bias" if where == "shared" else r"b\.bias"
+    with pytest.raises(
+        ValueError, match=f"task 'b' is not finite .*{layer}.* the moments of task 'a', whose"
+    ) as error:
+        optimizer.step({**losses, "b": losses["b"] + huge(bad)})
+    assert "Parameters, step counters and the moments of this task are as they were" in str(error.value)
+    assert same(numbers(model), parameters)
+    after = optimizer.state_dict()
+    for position, state in after["state"].items():
+        for name, kept in state.items():
+            if isinstance(kept, dict):
+                assert kept["step"] == before["state"][position][name]["step"] == 3
+                advanced = differences(kept, before["state"][position][name])
+                assert advanced == (name == "a"), (position, name)
+            else:
+                assert not differences(kept, before["state"][position][name])
+    # Training goes on from there.
+    for step in range(4, 8):
+        optimizer.step(model.losses(step))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters()) and not same(
+        numbers(model), parameters
+    )
+
+
+@BOTH
+def test_the_first_task_s_gradient_changes_nothing_at_all(kind: Callable[..., Any]) -> None:
+    model = Model()
+    optimizer = kind(model.shared, model.heads)
+    optimizer.step(model.losses(0))
+    before = everything(model, optimizer)
+    losses = model.losses(1)
+    with pytest.raises(ValueError, match=r"task 'a' is not finite.*Nothing was changed"):
+        optimizer.step({**losses, "a": losses["a"] + huge(model.trunk[0].weight)})
+    assert not differences(everything(model, optimizer), before)
+
+
+def test_with_a_transform_no_moments_advance() -> None:
+    model = Model()
+    optimizer = MAO(model.shared, model.heads, transform=detente.create("pcgrad"))
+    optimizer.step(model.losses(0))
+    before = everything(model, optimizer)
+    losses = model.losses(1)
+    for bad in (model.trunk[0].weight, model.heads["c"].bias):
+        with pytest.raises(ValueError, match=r"task 'c' is not finite.*Nothing was changed"):
+            optimizer.step({**losses, "c": losses["c"] + huge(bad)})
+        losses = model.losses(1)
+    assert not differences(everything(model, optimizer), before)
+
+
+def test_gradients_that_only_overflow_their_sum_are_fine() -> None:
+    weight = nn.Parameter(torch.zeros(4))
+    MAO([weight], lr=0.1).step([3e38 * weight.sum(), weight.sum()])
+    assert bool(torch.isfinite(weight).all())
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (lambda m: lambda: 1.0, TypeError, "a closure is not supported"),
+        (lambda m: None, TypeError, "a closure is not supported"),
+        (lambda m: {}, ValueError, "losses is empty"),
+        (lambda m: torch.ones(2, requires_grad=True).sum(), ValueError, "one tensor"),
+        (lambda m: {"a": m.losses(0)["a"], "b": torch.zeros(())}, ValueError, "'b' has no graph"),
+        (lambda m: {**m.losses(0), "c": m.trunk[0].weight.sum(0)}, ValueError, "'c' has shape"),
+        (lambda m: {**m.losses(0), "b": m.losses(0)["b"] / 0}, ValueError, "'b' is not finite"),
+        (lambda m: {"a": 1.0}, TypeError, "'a' is a float"),
+        (lambda m: {**m.losses(0), "d": m.losses(0)["a"]}, ValueError, "task 'd' is not one of the tasks"),
+        (lambda m: list(m.losses(0).values()), ValueError, "task '0' is not one of the tasks"),
+        (lambda m: {"a": nn.Parameter(torch.ones(3)).sum()}, ValueError, "no loss reaches any of the 6 shared"),
+    ],
+    ids=[
+        "closure", "none", "empty", "stacked", "no-graph", "shape", "infinite", "float", "unknown", "unnamed", "far",
+    ],
+)  # fmt: skip
+@BOTH
+def test_bad_losses_change_nothing(
+    kind: Callable[..., Any], losses: Callable[[Model], Any], error: type[Exception], message: str
+) -> None:
+    model = Model()
+    optimizer = kind(model.shared, model.heads, tasks=["a", "b", "c"])
+    optimizer.step(model.losses(0))
+    before = everything(model, optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step(losses(model))
+    assert not differences(everything(model, optimizer), before)
+
+
+def test_unnamed_losses_must_keep_their_number() -> None:
+    model = Model()
+    optimizer = MAO(model.shared, model.heads)
+    optimizer.step(list(model.losses(0).values()))
+    with pytest.raises(ValueError, match="3 unnamed losses became 2"):
+        optimizer.step(list(model.losses(0, "ab").values()))
+    with pytest.raises(ValueError, match="task 'a' is not one of the tasks"):
+        optimizer.step(model.losses(0))
+    MAO(model.shared, model.heads, tasks=3).step(list(model.losses(0).values()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "option lr is -1.0"),
+        ({"lr": float("nan")}, ValueError, "option lr is nan"),
+        ({"eps": -1e-8}, ValueError, "option eps"),
+        ({"betas": (0.9, 1.0)}, ValueError, "option betas"),
+        ({"weight_decay": -0.1}, ValueError, "option weight_decay"),
+        ({"variant": "rmsprop"}, ValueError, "option variant is 'rmsprop'; give one of adam, sgd"),
+        ({"bias_correction": None}, ValueError, "option bias_correction"),
+        ({"tasks": "abc"}, TypeError, "tasks is 'abc'"),
+        ({"tasks": ["a", "a"]}, ValueError, "every name once"),
+        ({"transform": "pcgrad"}, TypeError, "transform is a str; give a method from detente.create"),
+        ({"task_specific": [3]}, TypeError, "task_specific= takes parameters or modules, got int"),
+        ({"shared": ["trunk"]}, TypeError, "shared= takes parameters or modules, got str"),
+        ({"shared": [{"params": nn.Linear(1, 1)}, nn.Linear(1, 1)]}, TypeError, "mixes parameter groups"),
+        ({"shared": [{"params": nn.Linear(1, 1), "lr": -2.0}]}, ValueError, "option lr is -2.0"),
+        ({"shared": (), "task_specific": ()}, ValueError, "empty parameter list"),
+    ],
+)
+def test_bad_options(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MAO(**{"shared": nn.Linear(2, 2), **arguments})
+
+
+def test_bad_groups() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        MAO(layer, [layer.bias])
+    optimizer = MAO(layer)
+    for group, message in (
+        ({"params": nn.Linear(1, 1), "role": "mine"}, "option role is 'mine'"),
+        ({"params": [layer.weight]}, "more than one parameter group"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="option norm_beta is 1"):
+        MTAdam(layer, norm_beta=1)
+
+
+def test_states_that_do_not_fit() -> None:
+    model = Model()
+    optimizer = MAO(model.shared, model.heads, tasks=["a", "b", "c"])
+    optimizer.step(model.losses(0))
+    before = everything(model, optimizer)
+    good = optimizer.state_dict()
+    shared = [p for module in model.shared for p in module.parameters()]
+    for state, message in (
+        (torch.optim.Adam(model.parameters()).state_dict(), "is of another optimizer, not of MAO"),
+        (MTAdam(model.shared, model.heads).state_dict(), "is of MTAdam, not of MAO"),
+        ({**good, "tasks": ["a", "b"]}, "is for tasks a, b; this optimizer was created for a, b, c"),
+        ({**good, "transform": detente.create("pcgrad").state_dict()}, "was saved with transform="),
+        (
+            MAO(shared).state_dict(),
+            "has groups with the roles shared; this optimizer has shared, task-specific",
+        ),
+        (MAO(shared[1:], model.heads).state_dict(), "doesn't match the size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        assert not differences(everything(model, optimizer), before)
+
+
+# ---- names of layers
+
+
+def test_layers_are_called_as_in_their_module() -> None:
+    model = Model("ab")
+
+    def layers(shared: Any) -> tuple[str, ...]:
+        optimizer = MAO(shared, model.heads, lr=0.0)
+        optimizer.step(model.losses(0), measure=True)
+        assert isinstance(optimizer.balance, TaskBalance)
+        return optimizer.balance.layers
+
+    assert layers(model.trunk) == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert layers({"trunk": model.trunk, "detour": model.detour})[-2:] == ("detour.weight", "detour.bias")
+    assert layers(model.detour.named_parameters()) == ("weight", "bias")
+    assert layers(list(model.detour.parameters())) == ("0 [5, 5]", "1 [5]")
+    assert layers(model.detour.bias) == ("0 [5]",)
+    assert layers([{"params": model.trunk}, {"params": model.detour}])[-1] == "1.bias"

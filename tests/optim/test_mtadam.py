@@ -1,0 +1,99 @@
+"""The numbers of MTAdam; what it shares with MAO is tested there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from twin_adams import Model, TwinMTAdam
+
+from detente.optim import MTAdam
+
+
+def farthest(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_one_task_is_adam(weight_decay: float) -> None:
+    model, other = Model("a"), Model("a")
+    optimizer = MTAdam(model.shared, model.heads, lr=0.01, weight_decay=weight_decay)
+    reference = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=weight_decay)
+    for step in range(100):
+        optimizer.step(model.losses(step))
+        reference.zero_grad()
+        other.losses(step)["a"].backward()
+        reference.step()
+    assert farthest(model, Model("a")) > 0.1
+    assert farthest(model, other) < 1e-12
+
+
+def test_the_twin_goes_the_same_way() -> None:
+    model, other = Model(), Model()
+    optimizer = MTAdam(model.trunk, (), lr=0.01, norm_beta=0.8)
+    twin = TwinMTAdam(list(other.trunk.parameters()), lr=0.01, norm_beta=0.8)
+    for step in range(100):
+        optimizer.step(model.losses(step))
+        twin.step(list(other.losses(step).values()))
+    assert farthest(model.trunk, Model().trunk) > 0.1
+    assert farthest(model, other) < 1e-12
+
+
+def test_the_unit_of_a_loss_does_not_matter_but_that_of_the_anchor_is_everyones() -> None:
+    """All gradients have the anchor's length, so a larger anchor enlarges all moments, and Adam divides by it again."""
+
+    def train(**scales: float) -> Model:
+        model = Model()
+        optimizer = MTAdam(model.trunk, model.heads, lr=0.01, eps=1e-12)
+        for step in range(60):
+            optimizer.step({name: scales.get(name, 1.0) * loss for name, loss in model.losses(step).items()})
+        return model
+
+    plain = train()
+    assert farthest(plain.trunk, Model().trunk) > 0.1
+    assert farthest(plain.trunk, train(b=1000.0).trunk) < 1e-6
+    assert farthest(plain.trunk, train(a=1000.0).trunk) < 1e-6
+
+
+def test_the_anchor_is_the_first_known_task_whatever_the_order_of_a_step() -> None:
+    def train(order: str) -> Model:
+        model = Model()
+        optimizer = MTAdam(model.shared, model.heads, tasks=["b", "a", "c"], lr=0.01)
+        for step in range(5):
+            losses = model.losses(step)
+            optimizer.step({name: losses[name] for name in order})
+        assert optimizer.state[model.trunk[0].weight]["b"]["norm"] > 0
+        return model
+
+    assert farthest(train("abc"), train("cba")) == 0
+
+
+def test_gradients_take_the_anchors_length() -> None:
+    """By hand: norms 5 and 10, an anchor that is absent in the second step, and one that is new in a tensor."""
+    weight, late = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    optimizer = MTAdam([weight, late], tasks=["a", "b"], betas=(0.0, 0.0), norm_beta=0.5, lr=0.1)
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([10.0, 0.0])
+    optimizer.step({"a": (a * weight).sum(), "b": (b * weight).sum() + 7 * late.sum()})
+    kept = optimizer.state[weight]
+    assert kept["a"]["norm"].item() == 2.5 and kept["b"]["norm"].item() == 5.0  # averages start at 0
+    assert kept["b"]["exp_avg"].tolist() == [5.0, 0.0]  # the length of a's
+    assert optimizer.state[late]["b"]["exp_avg"].tolist() == [
+        7.0
+    ]  # a has never reached it: b is the anchor there
+    # Denominators: the larger of 3 and 5, and of 4 and 0.
+    torch.testing.assert_close(weight.detach(), -0.1 * torch.tensor([3 / 5 + 1, 4 / 4]))
+    before = weight.detach().clone()
+    optimizer.step({"b": (2 * b * weight).sum()})
+    # The norms of b, 10 and 20, average to (0.25 * 10 + 0.5 * 20) / 0.75 = 50 / 3; a's stays 5: 20 * 5 / (50 / 3) = 6.
+    torch.testing.assert_close(kept["b"]["exp_avg"], torch.tensor([6.0, 0.0]))
+    torch.testing.assert_close(weight.detach(), before - 0.1 * torch.tensor([1.0, 0.0]))
+
+
+def test_a_task_without_gradient_is_not_divided_by_zero() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = MTAdam([weight], lr=0.1)
+    optimizer.step({"a": weight.sum(), "b": 0 * weight.sum()})
+    torch.testing.assert_close(weight.detach(), torch.full((2,), 0.9))
+    optimizer.step({"a": 0 * weight.sum(), "b": weight.sum()})
+    assert bool(torch.isfinite(weight).all())
