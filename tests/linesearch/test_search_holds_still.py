@@ -340,7 +340,7 @@ def test_small_step_into_nan_is_not_taken() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_trunk_is_named(kind: Any, net: Any, batch: Any) -> None:
-    """A compiled model warns of hooks on all modules (here an error); named, it needs none, and the step is the same."""
+    """A compiled model warns of hooks on all modules (here an error); named, it needs none. The step is the same."""
     torch.compiler.reset()
     plain = deepcopy(net)
     torch.manual_seed(1)

@@ -216,7 +216,7 @@ def test_a_row_is_broken_by_a_search_that_needed_nothing() -> None:
         search.lr_ub = lr_ub
         with torch.no_grad():
             theta.fill_(1.0)
-        search.step(closure)
+        assert search.step(closure).notes == ()
     assert search.lr_ub == 3.0
 
 
