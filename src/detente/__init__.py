@@ -9,6 +9,9 @@
 True
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from detente.methods import Declaration, Method, create, methods, register, unregister, wrappers
 from detente.methods.wrappers import wrap
 from detente.step import apply, backward, combine, task_gradients
@@ -36,3 +39,13 @@ __all__ = [
     "wrap",
     "wrappers",
 ]
+
+# Rooms of the public contract that are imported when first named, so that `import detente` stays quick.
+_LATER = ("linesearch", "metrics", "optim")
+
+if not TYPE_CHECKING:  # for a type checker, write `import detente.optim`
+
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return import_module(f"detente.{name}")
+        raise AttributeError(f"module 'detente' has no attribute {name!r}")

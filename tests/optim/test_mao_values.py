@@ -244,7 +244,8 @@ def test_gradients_that_are_not_altered_change_nothing(path: str) -> None:
         names = ["abc", "ab", "cb"][step % 3]
         one.step(plain.losses(step, names))
         record = other.step(same.losses(step, names))
-        assert record.notes == ("seen",) and record.accepted and record.names == tuple(names)
+        assert record.notes == ("seen",) and record.accepted and record.names == tuple(sorted(names))
+        assert record.raw is not None and record.raw == record.altered and record.weights is None
     assert farthest(plain, same) == 0
 
 

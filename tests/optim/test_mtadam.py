@@ -97,3 +97,14 @@ def test_a_task_without_gradient_is_not_divided_by_zero() -> None:
     torch.testing.assert_close(weight.detach(), torch.full((2,), 0.9))
     optimizer.step({"a": 0 * weight.sum(), "b": weight.sum()})
     assert bool(torch.isfinite(weight).all())
+
+
+def test_an_anchor_whose_first_step_failed_is_no_anchor_yet() -> None:
+    """Its average of norms belongs to a step that was not made; dividing by its count of 0 would spoil everything."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = MTAdam([weight], tasks=["a", "b"], lr=0.1)
+    with pytest.raises(ValueError, match="task 'b' is not finite"):
+        optimizer.step({"a": weight.sum(), "b": (weight * 0).abs().sqrt().sum()})
+    assert weight.tolist() == [0.0, 0.0] and optimizer.state[weight]["a"]["step"] == 0
+    optimizer.step({"b": 5 * weight.sum()})
+    torch.testing.assert_close(weight.detach(), torch.full((2,), -0.1))

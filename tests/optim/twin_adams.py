@@ -38,6 +38,14 @@ class Model(nn.Module):
         return [self.trunk, self.detour]
 
 
+def numbers(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 class Twin:
     """MAO in plain words: for each task and tensor m, v and a count; parameters move at the very end."""
 

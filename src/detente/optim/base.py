@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from detente.autograd.partition import Memory
 from detente.optim.balance import Gauge, TaskBalance
 from detente.optim.groups import Role, known_tasks, read_groups, task_names
 from detente.optim.kernels import Moments, Rule, real, subtract
-from detente.optim.streams import Altering, Asked, altered, streamed
-from detente.values import Combination, StepRecord
+from detente.optim.streams import Asked, altered, streamed
+from detente.step import Method
+from detente.values import StepRecord
 
 ROLES: tuple[Role, Role] = ("shared", "task-specific")
 
@@ -86,7 +87,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         task_specific: Any,
         tasks: Sequence[str] | int | None,
         defaults: dict[str, Any],
-        transform: Altering | None = None,
+        transform: Method | None = None,
     ) -> None:
         self.tasks = task_names(tasks)
         self.transform = transform
@@ -132,8 +133,9 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
                 over the moments.
 
         Returns:
-            A record with names, losses, status and seconds; there are no weights. ``accepted`` is False if
-            ``transform`` refused the step, in which case nothing moved. Conflict measures are not taken.
+            A record with names (in the order of ``tasks``), losses, status and seconds; there are no weights. With
+            ``transform`` also the conflict of the gradients, as given and as altered; ``status`` is then the method's,
+            and ``accepted`` False if it refused the step, in which case nothing moved.
 
         Raises:
             ValueError: a loss is not a finite scalar with a graph, a task is unknown, no loss reaches a shared
@@ -176,14 +178,20 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         self.balance = None
         current = Pass(group_of, Gauge(asked.names, shared, self._name_of) if measure else None)
         own: dict[torch.Tensor, torch.Tensor] = {}
-        combination, source = Combination(), streamed(asked, own)
+        record = StepRecord(
+            names=asked.names,
+            losses=tuple(values[order].tolist()),
+            weights=None,
+            space="exact" if shared else "none",
+        )
+        source = streamed(asked, own)
         if self.transform is not None and shared:
-            combination, source = altered(asked, self.transform, self._workspace, own)
-        without = []
-        if combination.accepted:
+            record, source = altered(asked, self.transform, self._workspace, own)
+        notes = list(record.notes)
+        if record.accepted:
             for name, gradients in source:
-                if not gradients:
-                    without.append(name)
+                if shared and not gradients:
+                    notes.append(f"task {name!r} reaches no shared parameter")
                 self._take(name, gradients, current)
                 del gradients  # held here, they would live through the next backward
             if not current.touched and (shared or not own):
@@ -198,21 +206,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
                 state["step"] += 1
             self.tasks = tasks
             self.balance = None if current.gauge is None else current.gauge.read()
-        notes = [
-            *combination.notes,
-            *(f"task {name!r} reaches no shared parameter" for name in without if shared),
-        ]
-        return StepRecord(
-            names=names,
-            losses=tuple(values.tolist()),
-            weights=None,
-            status=combination.status,
-            space="exact" if shared else "none",
-            kept_rank=combination.kept_rank,
-            dropped=combination.dropped,
-            notes=tuple(notes),
-            seconds=time.perf_counter() - started,
-        )
+        return replace(record, notes=tuple(notes), seconds=time.perf_counter() - started)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own where given.
@@ -290,11 +284,11 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
                 f"the saved state has groups with the roles {', '.join(map(str, roles))}; this optimizer has "
                 f"{', '.join(group['role'] for group in self.param_groups)}."
             )
-        if self.transform is not None:
+        if self.transform is not None and method is not None:
             deepcopy(self.transform).load_state_dict(method)  # fails here if it fails
         # Otherwise the moments would be the very tensors of the saved state, and of every optimizer loaded from it.
         super().load_state_dict(deepcopy(state_dict))
-        if self.transform is not None:
+        if self.transform is not None and method is not None:
             self.transform.load_state_dict(method)
         if not self._closed:
             self.tasks = None if tasks is None else tuple(tasks)

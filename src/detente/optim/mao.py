@@ -19,7 +19,7 @@ from detente.optim.base import (
     rule_of,
 )
 from detente.optim.kernels import Form, contribution_means, mean_size, real, subtract
-from detente.optim.streams import Altering
+from detente.step import Method
 
 
 @final
@@ -101,13 +101,13 @@ class MAO(TaskOptimizer):
         weight_decay: float = 0.0,
         variant: Literal["adam", "sgd"] = "adam",
         bias_correction: Literal["adam", "paper", "none"] = "adam",
-        transform: Altering | None = None,
+        transform: Method | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_options(defaults)
         defaults["variant"] = one_of("variant", variant, ("adam", "sgd"))
         defaults["bias_correction"] = one_of("bias_correction", bias_correction, ("adam", "paper", "none"))
-        if transform is not None and not hasattr(transform, "combine"):
+        if transform is not None and not isinstance(transform, Method):
             raise TypeError(
                 f"transform is a {type(transform).__name__}; give a method from detente.create()."
             )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,26 +14,11 @@ from detente.autograd.host import to_host
 from detente.autograd.measure import measure_gradients
 from detente.autograd.partition import Memory
 from detente.autograd.take import Where
-from detente.values import Combination, TaskGradients
+from detente.step import Method, record_of, undone_on_failure
+from detente.values import StepRecord
 
 # Methods known to give a transform; a test holds the list against the registry.
 ALTERING = ("aligned-mtl", "gradvac", "pcgrad", "upgrad")
-
-
-class Altering(Protocol):
-    """What a method offers of which an optimizer takes the altered gradients; every detente method has this form."""
-
-    def needs_now(self) -> frozenset[str]:
-        """What the next call needs."""
-
-    def combine(self, gradients: TaskGradients) -> Combination:
-        """One training step of the method."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its state."""
-
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Restore its state."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +64,9 @@ def streamed(asked: Asked, own: dict[torch.Tensor, torch.Tensor]) -> Iterator[tu
 
 
 def altered(
-    asked: Asked, method: Altering, workspace: Memory, own: dict[torch.Tensor, torch.Tensor]
-) -> tuple[Combination, Iterator[tuple[str, Gradients]]]:
-    """What a method makes of the task gradients, and task by task the altered gradients of the shared parameters.
+    asked: Asked, method: Method, workspace: Memory, own: dict[torch.Tensor, torch.Tensor]
+) -> tuple[StepRecord, Iterator[tuple[str, Gradients]]]:
+    """The record of what a method makes of the task gradients, and task by task the altered ones.
 
     The matrix [T, P] of all task gradients is held, and one altered row at a time.
 
@@ -101,24 +84,24 @@ def altered(
     parts = where.partition(asked.names, asked.losses, workspace)
     graph = exact_pass(asked.losses, parts, workspace, retain_graph=False)
     taken = measure_gradients(asked.names, graph, blocks="blocks" in method.needs_now())
-    before = deepcopy(method.state_dict())
-    combination = method.combine(taken.gradients)
-    transform = combination.transform
-    if transform is None and combination.accepted:
-        assert taken.gradients.gramian is not None
-        if taken.gradients.gramian.any():
-            method.load_state_dict(before)
-            raise ValueError(
-                f"transform={_called(method)} gives no altered gradient for each task in this step; it combines them "
-                f"in another way. Methods that do: {', '.join(ALTERING)} (with their default options), or leave "
-                "transform= out. Nothing was changed."
-            )
-        transform = torch.eye(len(asked.names), dtype=torch.float64)  # of zeros there is nothing to alter
+    assert taken.gradients.gramian is not None
+    with undone_on_failure(method):
+        combination = method.combine(taken.gradients)
+        transform = combination.transform
+        if transform is None and combination.accepted:
+            if taken.gradients.gramian.any():
+                raise ValueError(
+                    f"transform={method.declares.name} gives no altered gradient for each task in this step; it "
+                    f"combines them in another way. Methods that do: {', '.join(ALTERING)} (with their default "
+                    "options), or leave transform= out. Nothing was changed."
+                )
+            transform = torch.eye(len(asked.names), dtype=torch.float64)  # of zeros there is nothing to alter
+    record = replace(record_of(taken.gradients, combination), weights=None)
+    if transform is None or not combination.accepted:
+        return record, iter(())
     for pairs in graph.own:
         for parameter, gradient in pairs:
             own[parameter] = own[parameter] + gradient if parameter in own else gradient
-    if transform is None:
-        return combination, iter(())
     jacobian, factors = taken.gradients.jacobian, transform
     assert jacobian is not None
 
@@ -132,7 +115,7 @@ def altered(
             pieces = zip(parts.shared, parts.reached, layout.split(mixed), strict=True)
             yield name, [(tensor, piece) for tensor, mask, piece in pieces if mask & reached]
 
-    return combination, rows()
+    return record, rows()
 
 
 def _check(asked: Asked, place: int, gradients: Gradients) -> None:
@@ -160,7 +143,3 @@ def _check(asked: Asked, place: int, gradients: Gradients) -> None:
 
 def _tasks(names: Sequence[str]) -> str:
     return f"task{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"
-
-
-def _called(method: Altering) -> str:
-    return str(getattr(getattr(method, "declares", None), "name", type(method).__name__))
