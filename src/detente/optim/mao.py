@@ -47,8 +47,10 @@ class MAO(TaskOptimizer):
     parameter that only one loss reaches moves as under Adam too, so that the trunk may be named generously.
 
     Cost: a forward and T backwards per step, memory for 2 T P numbers of state, P numbers for the update and one task's
-    gradient at a time, P being the number of shared entries; ``.grad`` is not used. With ``transform`` T P more, kept
-    from step to step, and one altered gradient; a method alters all of them or none, so they must be there together.
+    gradient at a time, P being the number of shared entries; gradients of task-specific parameters are held to the end
+    of the step, and ``.grad`` is not used. Every task's gradient is looked at for NaN, which waits for the device.
+    With ``transform`` T P more, kept from step to step, and one altered gradient; a method alters all of them or none,
+    so they must be there together.
 
     Counters of steps are kept for each task and parameter, so that a task that joins late or is absent from some
     batches is corrected for what it has seen; its moments wait meanwhile.
