@@ -11,7 +11,7 @@ from torch import nn
 from twins.engine import Spy, Weighting
 
 import detente
-from detente.autograd.flat import Layout, accumulate
+from detente.autograd.flat import Layout, accumulate, finite, probes
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
 from detente.autograd.partition import Memory, as_tensors, walk
@@ -29,6 +29,56 @@ def test_gramian_of_large_float32_rows_does_not_overflow() -> None:
     assert gramian(torch.full((2, 4), 1e30)).tolist() == pytest.approx(np.full((2, 2), 4e60), rel=1e-6)
     assert gramian(torch.full((1, 4), 300.0, dtype=torch.float16)).item() == 360000
     assert gramian(torch.zeros(2, 0)).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("columns", [1, 1023, 50_000, 131_072, 140_001])
+def test_gramian_in_chunks_and_pieces_is_the_plain_product(tasks: int, columns: int) -> None:
+    rows = torch.randn(tasks, columns, generator=torch.Generator().manual_seed(columns))
+    rows *= torch.logspace(-12, 12, tasks)[:, None]
+    expected = rows.double().numpy() @ rows.double().numpy().T
+    sizes = np.sqrt(np.outer(np.diagonal(expected), np.diagonal(expected)))
+    assert np.abs((gramian(rows).numpy() - expected) / sizes).max() < 1e-13
+
+
+def test_a_sum_that_overflows_is_no_gradient_that_is_not_finite() -> None:
+    huge = torch.full((4,), 3e38)
+    gradients = [
+        huge,
+        -huge,
+        torch.tensor([1.0, torch.inf]),
+        torch.tensor([torch.inf, -torch.inf]),
+        torch.ones(0),
+    ]
+    gradients += [torch.tensor([6e4, 6e4], dtype=torch.float16), torch.tensor([1 + 2j, complex("nan")])]
+    (probed,) = to_host([probes(gradients)])
+    assert not np.isfinite(probed[:2]).any()
+    assert finite(gradients, probed).tolist() == [True, True, False, False, True, True, False]
+
+
+def test_the_weighted_sum_group_by_group_is_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = (torch.zeros(2, 3), torch.zeros(()), torch.zeros(3, dtype=torch.complex64), torch.zeros(5))
+    layout = Layout(tensors)
+    jacobian = torch.randn(3, layout.columns, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.5, -1.0, 2.0])
+    whole = layout.split(weights @ jacobian)
+    for size in (1, 7, 100):
+        monkeypatch.setattr("detente.autograd.flat._GROUP", size)
+        pieces = layout.weighted(weights, jacobian)
+        assert [piece.shape for piece in pieces] == [tensor.shape for tensor in tensors]
+        assert all(torch.allclose(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
+def test_to_host_takes_sequences_of_scalars_as_vectors() -> None:
+    scalars = [torch.tensor(1.5), torch.tensor([2]), torch.tensor(1 / 3, dtype=torch.float64)]
+    vector, matrix, empty = to_host([scalars, torch.eye(2), []])
+    assert (
+        vector.tolist() == [1.5, 2.0, 1 / 3] and matrix.tolist() == [[1, 0], [0, 1]] and empty.shape == (0,)
+    )
+    alone = torch.ones(2, 2, dtype=torch.float64)
+    (copied,) = to_host([alone])
+    alone.zero_()
+    assert copied.tolist() == [[1, 1], [1, 1]], "a method may keep what it was given"
 
 
 def test_to_host_keeps_shapes_and_every_digit() -> None:
