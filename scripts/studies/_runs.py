@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,19 @@ import torch
 from detente.experiments import find
 from detente.records import Run, read_run
 from detente.training import train
+
+
+def arguments(description: str | None, epochs: int) -> argparse.ArgumentParser:
+    """What every study is told on its command line."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST files")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="start no further run after this time")
+    return parser
 
 
 def run_all(

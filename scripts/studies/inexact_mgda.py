@@ -6,13 +6,12 @@ docs/results/inexact-mgda.md and its figures. Without `--data-dir` the packaged 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _runs import run_all
+from _runs import arguments, run_all
 
 from detente.experiments.multimnist import MultiMNISTConfig
 from detente.records import Run, write_text
@@ -198,15 +197,8 @@ def page(runs: Mapping[str, Run], epochs: int, seeds: int, command: str) -> str:
 
 def main() -> None:
     """Train what is missing, then write the page and the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST files")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser = arguments(__doc__, epochs=30)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, help="start no further run after this time")
     options = parser.parse_args()
     runs = run_all(
         configs(options.epochs, options.seeds, options.data_dir),
