@@ -96,7 +96,7 @@ def figures(runs: Mapping[tuple[str, float], Sequence[TaskBalance]]) -> None:
 
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name, over_steps in (("mao-layers", False), ("mao-steps", True)):
-        drawn, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+        drawn, axes = plt.subplots(2, 4, figsize=(16, 7), sharey="row", layout="constrained")
         for column, (kind, factor) in enumerate(runs):
             steps = runs[kind, factor]
             for row, what in enumerate(("gradients", "contributions")):
