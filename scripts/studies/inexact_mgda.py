@@ -20,6 +20,8 @@ EPSILONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
 SCALES = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 BATCHES = (32, 64, 128, 256, 512)
 PARTS = (2, 4, 8)
+# Below this accuracy in percent a run has not been trained, and is named instead of drawn.
+TRAINED = 50.0
 PAGE = Path("docs/results/inexact-mgda.md")
 IMAGES = Path("docs/images/results")
 
@@ -95,10 +97,18 @@ def figures(runs: Mapping[str, Run], seeds: int) -> None:
             markersize=12,
             label="MGDA (ε = 0)",
         )
+        places: dict[tuple[float, float], list[float]] = {}
         for value, chosen in points.items():
-            left, right = accuracy(chosen, "left"), accuracy(chosen, "right")
-            axis.plot(left, right, "o")
-            axis.annotate(f"{value:g}", (left, right), textcoords="offset points", xytext=(5, 4))
+            places.setdefault((accuracy(chosen, "left"), accuracy(chosen, "right")), []).append(value)
+        ended = [value for place, values in places.items() if min(place) < TRAINED for value in values]
+        for (left, right), values in places.items():
+            if min(left, right) >= TRAINED:
+                axis.plot(left, right, "o")
+                text = ", ".join(f"{value:g}" for value in values)
+                axis.annotate(text, (left, right), textcoords="offset points", xytext=(0, 9), ha="center")
+        if ended:
+            title += "\nnot shown, ended early: " + ", ".join(f"{value:g}" for value in ended)
+        axis.margins(0.25)
         axis.set(title=title, xlabel="left digit, accuracy (%)", ylabel="right digit, accuracy (%)")
         axis.legend(frameon=False)
     figure.savefig(IMAGES / "inexact-sweeps.png", dpi=130)
@@ -140,11 +150,12 @@ def figures(runs: Mapping[str, Run], seeds: int) -> None:
 
 def page(runs: Mapping[str, Run], epochs: int, seeds: int, command: str) -> str:
     """The results in Markdown."""
+    averaged = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
     lines = [
         "# Inexact and adaptive MGDA on MultiMNIST",
         "",
         f"Made by `{command}`: LeNet, SGD 0.01 with Nesterov momentum 0.9, batch 256 unless said otherwise, {epochs} "
-        f"epochs, mean of {seeds} seeds, test accuracy of the epoch with the best validation mean. "
+        f"epochs, {averaged}, test accuracy of the epoch with the best validation mean. "
         f"Data: {next(iter(runs.values())).config['problem']['data']['source']}. Thesis: Aygar 2019, section 3.1 "
         "(learning rate 0.001, 100 epochs; its figures give no numbers to compare with).",
         "",
