@@ -22,7 +22,7 @@ EPS = float(np.finfo(np.float64).eps)
 # A gradient of unit length that keeps this distance from the span of the others needs no second look.
 CLEARLY_INDEPENDENT = 1e-4
 # An ordinary routine is right to machine epsilon over this, relative to the smallest eigenvalue: twelve digits or more,
-# in half the time. A ratio of the norms below the root of it rules that out beforehand.
+# at less cost. A ratio of the norms below the root of it rules that out beforehand.
 WELL_CONDITIONED = 1e-3
 WELL_SCALED = WELL_CONDITIONED**0.5
 

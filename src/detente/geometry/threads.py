@@ -17,8 +17,8 @@ _ALONE = 32
 def one_thread(tasks: int) -> AbstractContextManager[object]:
     """While this lasts the BLAS of numpy and scipy runs on one thread; for few tasks it does so anyway.
 
-    Torch's threads go on spinning for some milliseconds after an operation. Threads that numpy's BLAS starts meanwhile
-    for a T×T product wait for a core: with 100 tasks on two cores one such product took 8 ms instead of 0.1.
+    Torch's threads go on spinning for a while after an operation. Threads that numpy's BLAS starts meanwhile for a T×T
+    product wait for a core, much longer than the product takes.
 
     Args:
         tasks: T, the size of the matrices.
