@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,13 @@ def arguments(description: str | None, epochs: int) -> argparse.ArgumentParser:
 
 
 def run_all(
-    configs: Mapping[str, Any], out: Path, *, experiment: str, workers: int, seconds: float | None = None
+    configs: Mapping[str, Any],
+    out: Path,
+    *,
+    experiment: str,
+    workers: int,
+    seconds: float | None = None,
+    label: Callable[[str], str] = str,
 ) -> dict[str, Run]:
     """Train every configuration that has no result yet, and read all of them.
 
@@ -41,6 +47,7 @@ def run_all(
         experiment: name of the experiment.
         workers: processes, each on one thread.
         seconds: start no further run after this time; call again to go on. None: no limit.
+        label: from the name of the folder to how tables and figures call the run.
 
     Raises:
         SystemExit: some runs are not finished.
@@ -57,7 +64,7 @@ def run_all(
                     left.clear()
                     break
                 name = left.pop(0)
-                running[pool.submit(_run, configs[name], out / name, experiment, name, command)] = name
+                running[pool.submit(_run, configs[name], out / name, experiment, label(name), command)] = name
             if not running:
                 break
             done = next(as_completed(running))

@@ -1,198 +1,188 @@
-"""Balance of the tasks on MultiMNIST when one loss is multiplied by 100: MAO, and uniform weights with Adam.
+"""Balance of the tasks on MultiMNIST when one loss is multiplied by 100: MAO, and weightings of losses with Adam.
 
-`python scripts/studies/mao_balance.py` trains LeNet four times (each loss as it is, and the left one times 100, under
-both optimizers, from one seed and on the same batches) and writes docs/results/mao-balance.md, a table in CSV and the
-figures: gradients and contributions layer by layer and over the steps (Figures 4 and 5 of Hervella et al. 2024).
+`python scripts/studies/mao_balance.py --out runs/balance` trains what is missing (resumable; each loss as it is, and
+the left one times 100, from the same seeds and on the same batches), then writes docs/results/mao-balance.md, a table
+in CSV and the figures from the stored runs: gradients and contributions layer by layer and over the steps (Figures 4
+and 5 of Hervella et al. 2024).
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import numpy as np
-import torch
+from _runs import arguments, run_all
 
-import detente
-from detente.experiments.multimnist import MultiMNIST, MultiMNISTConfig, build
-from detente.optim import MAO, Contributions, TaskBalance
-from detente.records import write_text
-from detente.training.loop import epoch_order
+from detente.experiments.multimnist import MultiMNISTConfig
+from detente.records import Run, write_text
+from detente.reports import balance_of, balance_png
 
-FACTOR = 100.0
+FACTORS = (1.0, 100.0)
+KINDS: dict[str, dict[str, Any]] = {
+    "MAO": {"optimizer": "mao"},
+    "uniform, Adam": {"method": "uniform", "optimizer": "adam"},
+    "uncertainty, Adam": {"method": "uncertainty", "optimizer": "adam"},
+    "dwa, Adam": {"method": "dwa", "optimizer": "adam"},
+    "gradnorm, Adam": {"method": "gradnorm", "optimizer": "adam"},
+}
+PROMISED = ("MAO", "uniform, Adam")
 PAGE = Path("docs/results/mao-balance.md")
 TABLE = Path("docs/results/mao-balance.csv")
 IMAGES = Path("docs/images/results")
-KINDS = ("MAO", "uniform, Adam")
 
 
-def train(
-    problem: MultiMNIST, kind: str, factor: float, epochs: int, batch: int, rate: float
-) -> tuple[list[TaskBalance], dict[str, float]]:
-    """The balance of every step, and the validation accuracies."""
-    torch.manual_seed(0)
-    model = problem.model()
-    named = dict(model.named_parameters())
-    known = set(model.shared_parameters())
-    shared = [(name, p) for name, p in named.items() if p in known]
-    own = [(name, p) for name, p in named.items() if p not in known]
-    mao = MAO(shared, own, tasks=tuple(problem.tasks), lr=rate)
-    adam = torch.optim.Adam(model.parameters(), lr=rate)
-    watch = Contributions(adam, shared)
-    uniform, examples = detente.create("uniform"), problem.split("train")
-    found = []
-    for epoch in range(epochs):
-        for indices in torch.split(epoch_order(len(examples), 0, epoch), batch):
-            inputs, labels = examples.batch(indices)
-            losses = problem.losses(model(inputs), labels)
-            losses["left"] = factor * losses["left"]
-            if kind == "MAO":
-                mao.step(losses, measure=True)
-                assert mao.balance is not None
-                found.append(mao.balance)
-                continue
-            taken = detente.task_gradients(losses, shared=[p for _, p in shared])
-            assert taken is not None
-            detente.apply(taken, uniform.combine(taken.gradients))
-            adam.step()
-            adam.zero_grad()
-            found.append(watch.measure(taken))
-    model.eval()
-    meter, held = problem.meter(), problem.split("validation")
-    with torch.no_grad():
-        for indices in torch.split(torch.arange(len(held)), 1000):
-            inputs, labels = held.batch(indices)
-            meter.update(model(inputs), labels)
-    return found, {task: values["accuracy"] for task, values in meter.compute().items()}
+def name_of(kind: str, factor: float, seed: int) -> str:
+    """The folder of a run."""
+    return f"{kind.replace(', ', '-')}-x{factor:g}-seed{seed}"
 
 
-def layerwise(steps: Sequence[TaskBalance], what: str) -> np.ndarray:
-    """[L, T] means over the steps."""
-    return np.mean([getattr(step, what) for step in steps], axis=0)
+def configs(epochs: int, seeds: int, data_dir: Path | None) -> dict[str, MultiMNISTConfig]:
+    """Every run of the study by the name of its folder."""
+    return {
+        name_of(kind, factor, seed): MultiMNISTConfig(
+            learning_rate=1e-3,
+            epochs=epochs,
+            seed=seed,
+            data_dir=data_dir,
+            balance=True,
+            record_steps=1_000_000,
+            loss_factor=() if factor == 1 else (f"left={factor:g}",),
+            **changes,
+        )
+        for seed in range(seeds)
+        for kind, changes in KINDS.items()
+        for factor in FACTORS
+    }
 
 
-def changes(
-    runs: Mapping[tuple[str, float], Sequence[TaskBalance]], kind: str
-) -> list[tuple[str, float, float]]:
-    """For each layer the ratio left : right of the contributions, before and after the loss was multiplied."""
-    before, after = (layerwise(runs[kind, factor], "contributions") for factor in (1.0, FACTOR))
-    layers = runs[kind, 1.0][0].layers
-    return [
-        (layer, float(one[0] / one[1]), float(other[0] / other[1]))
-        for layer, one, other in zip(layers, before, after, strict=True)
-    ]
+def ratios(runs: Sequence[Run]) -> dict[str, float]:
+    """Layer to the ratio left : right of the contributions, means over the steps and runs."""
+    balance = balance_of(runs)
+    assert balance is not None
+    left, right = balance.by_layer("contributions")[:, [balance.tasks.index(t) for t in ("left", "right")]].T
+    return dict(zip(balance.layers, (left / right).tolist(), strict=True))
 
 
-def figures(runs: Mapping[tuple[str, float], Sequence[TaskBalance]]) -> None:
-    """Layer by layer (Figure 4) and over the steps (Figure 5)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, over_steps in (("mao-layers", False), ("mao-steps", True)):
-        drawn, axes = plt.subplots(2, 4, figsize=(16, 7), sharey="row", layout="constrained")
-        for column, (kind, factor) in enumerate(runs):
-            steps = runs[kind, factor]
-            for row, what in enumerate(("gradients", "contributions")):
-                axis = axes[row, column]
-                if over_steps:
-                    values = np.array([getattr(step, f"mean_{what}") for step in steps])
-                    smooth = max(1, len(steps) // 100)
-                    values = values[: len(values) // smooth * smooth].reshape(-1, smooth, 2).mean(axis=1)
-                    at = np.arange(1, len(values) + 1) * smooth
-                    for task, line in zip(steps[0].tasks, values.T, strict=True):
-                        axis.plot(at, line, label=task)
-                    axis.set(xlabel="step")
-                else:
-                    values = layerwise(steps, what)
-                    at = np.arange(len(values))
-                    for number, task in enumerate(steps[0].tasks):
-                        axis.bar(at + (number - 0.5) * 0.4, values[:, number], 0.4, label=task)
-                    axis.set_xticks(at, steps[0].layers, rotation=35, ha="right", fontsize=8)
-                axis.set_yscale("log")
-                times = "" if factor == 1 else f", left loss × {factor:g}"
-                axis.set(title=f"{kind}{times}" if row == 0 else "", ylabel=f"mean |{what[:-1]}|")
-        axes[0, 0].legend(frameon=False)
-        drawn.savefig(IMAGES / f"{name}.png", dpi=110)
-        plt.close(drawn)
-
-
-def main() -> None:
-    """Train, measure, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def changes(one: Sequence[Run], other: Sequence[Run]) -> np.ndarray:
+    """[runs, layers] by what factor the ratio differs, seed by seed."""
+    return np.array(
+        [
+            [after / before for before, after in zip(ratios([a]).values(), ratios([b]).values(), strict=True)]
+            for a, b in zip(one, other, strict=True)
+        ]
     )
-    parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST files")
-    parser.add_argument("--epochs", type=int, default=5)
-    options = parser.parse_args()
-    config = MultiMNISTConfig(data_dir=options.data_dir)
-    problem = build(config)
-    runs: dict[tuple[str, float], list[TaskBalance]] = {}
-    accuracy: dict[tuple[str, float], dict[str, float]] = {}
-    for kind in KINDS:
-        for factor in (1.0, FACTOR):
-            runs[kind, factor], accuracy[kind, factor] = train(
-                problem, kind, factor, options.epochs, config.batch_size, 1e-3
-            )
-            print(kind, factor, accuracy[kind, factor], flush=True)
-    figures(runs)
-    steps = len(runs["MAO", 1.0])
+
+
+def told(change: np.ndarray) -> str:
+    """The factors in words: their range over the seeds."""
+    low, high = float(change.min()), float(change.max())
+    if max(abs(low - 1), abs(high - 1)) < 0.5:
+        low, high, unit, form = 100 * (low - 1), 100 * (high - 1), "%", "+.1f"
+    else:
+        unit, form = "times", ".1f"
+    ends = dict.fromkeys(f"{value:{form}}" for value in (low, high))
+    return f"{' to '.join(ends)} {unit}"
+
+
+def accuracy(runs: Sequence[Run], task: str) -> str:
+    """Mean over the seeds, in percent."""
+    return f"{100 * mean(run.result['metrics'][task]['accuracy'] for run in runs if run.result):.2f}"
+
+
+def page(runs: Mapping[tuple[str, float], Sequence[Run]], command: str) -> str:
+    """The results in Markdown."""
+    first = runs["MAO", 1.0][0]
+    assert first.result is not None
+    seeds = len(runs["MAO", 1.0])
+    change = {kind: changes(*(runs[kind, factor] for factor in FACTORS)) for kind in KINDS}
+    layers = list(ratios([first]))
+    largest = float(np.abs(change["MAO"] - 1).max())
+    least = float(change["uniform, Adam"].min())
     lines = [
         "# Balance of the tasks under MAO",
         "",
-        f"Made by `python scripts/studies/mao_balance.py --epochs {options.epochs}`: MultiMNIST "
-        f"({problem.describe()['data']['source']} digits), LeNet, learning rate 0.001, batch {config.batch_size}, "
-        f"{steps} steps, one seed. The left digit's loss is multiplied by {FACTOR:g}. Contributions are the mean "
-        "magnitudes of what each task adds to the update of a layer, averaged over the steps; shown is left : right.",
+        f"Made by `{command}`: MultiMNIST ({first.config['problem']['data']['source']} digits), LeNet, learning rate "
+        f"0.001, batch 256, {first.result['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}. The left digit's "
+        f"loss is multiplied by {FACTORS[1]:g}. A contribution is the mean magnitude of what a task adds to the update "
+        "of a layer, averaged over the steps. The table tells by how much the ratio of the contributions, left : "
+        "right, changes with the factor: the range over the seeds.",
         "",
-        "| layer | " + " | ".join(f"{kind} | × {FACTOR:g} | changed by" for kind in KINDS) + " |",
-        "| --- |" + " ---: |" * 6,
+        "| layer | " + " | ".join(KINDS) + " |",
+        "| --- |" + " ---: |" * len(KINDS),
     ]
-    table = {kind: changes(runs, kind) for kind in KINDS}
-    for row in zip(*table.values(), strict=True):
-        cells = []
-        for kind, (_, before, after) in zip(KINDS, row, strict=True):
-            change = after / before
-            told = f"{100 * abs(change - 1):.2f} %" if kind == "MAO" else f"{change:.1f} times"
-            cells += [f"{before:.3f}", f"{after:.3f}", told]
-        lines.append(f"| {row[0][0]} | " + " | ".join(cells) + " |")
-    largest = max(abs(after / before - 1) for _, before, after in table["MAO"])
-    least = min(after / before for _, before, after in table["uniform, Adam"])
+    for number, layer in enumerate(layers):
+        lines.append(f"| {layer} | " + " | ".join(told(change[kind][:, number]) for kind in KINDS) + " |")
     lines += [
         "",
         f"Promised: under MAO less than 5 %: {'kept' if largest < 0.05 else 'NOT KEPT'} ({100 * largest:.2f} % at "
         f"most). Under uniform weights with Adam more than 10 times: {'kept' if least > 10 else 'NOT KEPT'} "
         f"({least:.1f} times at least).",
         "",
-        "| validation accuracy (%) | left | right |",
-        "| --- | ---: | ---: |",
-        *(
-            f"| {kind}{'' if factor == 1 else f', left loss × {factor:g}'} | {100 * found['left']:.2f} | "
-            f"{100 * found['right']:.2f} |"
-            for (kind, factor), found in accuracy.items()
-        ),
-        "",
-        "![Layer by layer](../images/results/mao-layers.png)",
-        "![Over the steps](../images/results/mao-steps.png)",
-        "",
+        f"| test accuracy (%), mean of {seeds} | left | right | left, its loss × {FACTORS[1]:g} | right |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    write_text(PAGE, "\n".join(lines))
+    for kind in KINDS:
+        cells = [accuracy(runs[kind, factor], task) for factor in FACTORS for task in ("left", "right")]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    for factor in FACTORS:
+        lines += [
+            "",
+            "## The losses as they are" if factor == 1 else f"## The left digit's loss times {factor:g}",
+            "",
+            f"![Layer by layer](../images/results/balance-layers-x{factor:g}.png)",
+            f"![Over the steps](../images/results/balance-steps-x{factor:g}.png)",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def table(runs: Mapping[tuple[str, float], Sequence[Run]]) -> None:
+    """Means over steps and seeds as CSV."""
     temporary = TABLE.with_suffix(".tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["kind", "factor", "step", "balance"])
-        for (kind, factor), found in runs.items():
-            for number, step in enumerate(found, 1):
-                if number % max(1, steps // 20) == 0:
-                    writer.writerow([kind, factor, number, json.dumps(step.to_dict())])
+        writer.writerow(["kind", "factor", "layer", "task", "mean gradient", "mean contribution"])
+        for (kind, factor), chosen in runs.items():
+            balance = balance_of(chosen)
+            assert balance is not None
+            pulled, moved = balance.by_layer("gradients"), balance.by_layer("contributions")
+            for row, layer in enumerate(balance.layers):
+                for column, task in enumerate(balance.tasks):
+                    values = [f"{array[row, column]:.6g}" for array in (pulled, moved)]
+                    writer.writerow([kind, f"{factor:g}", layer, task, *values])
     os.replace(temporary, TABLE)
+
+
+def main() -> None:
+    """Train what is missing, then write the page, the table and the figures."""
+    parser = arguments(__doc__, epochs=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    stored = run_all(
+        configs(options.epochs, options.seeds, options.data_dir),
+        options.out,
+        experiment="multimnist",
+        workers=options.workers,
+        seconds=options.seconds,
+        label=lambda name: name.rsplit("-x", 1)[0].replace("-", ", "),
+    )
+    runs = {
+        (kind, factor): [stored[name_of(kind, factor, seed)] for seed in range(options.seeds)]
+        for kind in KINDS
+        for factor in FACTORS
+    }
+    for factor in FACTORS:
+        chosen = [run for (_, other), group in runs.items() if other == factor for run in group]
+        for over in ("layers", "steps"):
+            balance_png(chosen, IMAGES / f"balance-{over}-x{factor:g}.png", over=over)
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    command = f"python scripts/studies/mao_balance.py --epochs {options.epochs} --seeds {options.seeds}"
+    write_text(PAGE, page(runs, command))
+    table(runs)
     print(PAGE)
 
 

@@ -33,6 +33,7 @@ def make_run(
     metric: tuple[str, bool, bool] = ("accuracy", True, True),
     seconds: float = 2.0,
     command: str | None = None,
+    balance: bool = False,
 ) -> Path:
     """One run folder; ``final`` is the main metric by task on test data."""
     # Not hash(): that differs between processes.
@@ -68,6 +69,8 @@ def make_run(
             if steps:
                 for step in range((epoch - 1) * steps_per_epoch + 1, epoch * steps_per_epoch + 1):
                     row = make_step(random, method, gradients, tasks, step / (epochs * steps_per_epoch))
+                    if balance:
+                        row["balance"] = make_balance(random, tasks, step)
                     folder.append_step({"step": step, "epoch": epoch, **row})
             progress = epoch / epochs
             loss = {
@@ -146,6 +149,19 @@ def make_step(
         "raw": None if gradients == "none" else conflict(vectors),
         "altered": altered,
         "notes": [],
+    }
+
+
+def make_balance(random: np.random.Generator, tasks: Sequence[str], step: int) -> dict[str, Any]:
+    """Three layers; the first task pulls ten times as much as the next."""
+    sizes = np.array([100, 10, 1])
+    pulls = 10.0 ** -np.arange(len(tasks)) * np.array([[1.0], [2.0], [3.0]])
+    return {
+        "tasks": list(tasks),
+        "layers": ["conv.weight", "conv.bias", "<scale>"],
+        "sizes": sizes.tolist(),
+        "gradients": (pulls * random.uniform(0.9, 1.1)).tolist(),
+        "contributions": (1e-3 * pulls / step).tolist(),
     }
 
 

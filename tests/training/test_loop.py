@@ -63,7 +63,8 @@ class Killed(Exception):
 
 # What else may move the parameters, in place of a combined gradient and one of torch's optimizers.
 STEPS: dict[str, dict[str, Any]] = {
-    "mao": {"method": "uniform", "optimizer": "mao", "learning_rate": 1e-3, "measure": True},
+    "mao": {"method": "uniform", "optimizer": "mao", "learning_rate": 1e-3, "balance": True},
+    "adam, watched": {"method": "uncertainty", "optimizer": "adam", "learning_rate": 1e-3, "balance": True},
     "mao after pcgrad": {"method": "pcgrad", "optimizer": "mao", "learning_rate": 1e-3},
     "mtadam": {"method": "uniform", "optimizer": "mtadam", "learning_rate": 1e-3},
     "backtracking": {"search": "backtracking", "momentum": 0.0, "learning_rate": 1.0},
@@ -111,6 +112,44 @@ def test_other_steps_tell_what_they_did(tmp_path: Path, digits: MultiDigits) -> 
     assert searched["lr_ub"] == 1.0 and searched["eta"] == 2.0 ** -(searched["trials"] - 1)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "mao"])
+def test_the_contribution_of_a_single_task_is_the_whole_update(
+    tmp_path: Path, digits: MultiDigits, optimizer: str
+) -> None:
+    changes = {"tasks": "left", "optimizer": optimizer, "method": "uniform", "learning_rate": 1e-3}
+    before = None
+    for steps in (2, 3):
+        config = replace(CONFIG, balance=True, max_steps=steps, record_steps=100, selection="last", **changes)
+        run(tmp_path / str(steps), digits, config)
+        (weights,) = (tmp_path / str(steps)).glob("weights*")
+        after = checkpoint.load(weights)
+        if before is not None:
+            recorded = read_run(tmp_path / str(steps)).steps[-1]["balance"]
+            moved = [(after[name] - before[name]).abs().mean().item() for name in recorded["layers"]]
+            assert [row[0] for row in recorded["contributions"]] == pytest.approx(moved, rel=1e-4)
+            assert min(moved) > 1e-5
+        before = after
+
+
+def test_watching_the_balance_changes_nothing_and_a_loss_has_its_factor(
+    tmp_path: Path, digits: MultiDigits
+) -> None:
+    config = replace(CONFIG, optimizer="adam", method="uniform", gradients="features", epochs=2, measure=True)
+    plain = run(tmp_path / "plain", digits, config)
+    watched = run(tmp_path / "watched", digits, replace(config, balance=True, record_steps=100))
+    assert plain["metrics"] == watched["metrics"]
+    assert watched["seconds_per_step"] is None and plain["seconds_per_step"] > 0
+    run(
+        tmp_path / "factor",
+        digits,
+        replace(config, balance=True, record_steps=100, loss_factor=("left=100",)),
+    )
+    rows = [read_run(tmp_path / name).steps[0] for name in ("watched", "factor")]
+    assert rows[1]["losses"] == pytest.approx([100 * rows[0]["losses"][0], rows[0]["losses"][1]])
+    for one, other in zip(*(row["balance"]["gradients"] for row in rows), strict=True):
+        assert other == pytest.approx([100 * one[0], one[1]], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -118,7 +157,18 @@ def test_other_steps_tell_what_they_did(tmp_path: Path, digits: MultiDigits) -> 
         ({"search": "fast", "momentum": 0.0}, "needs gradients features"),
         ({"optimizer": "mao", "method": "dwa"}, "leave method dwa out"),
         ({"optimizer": "mao", "gradients": "features"}, "use gradients exact"),
+        ({"optimizer": "mao", "measure": True}, "leave measure out"),
         ({"micro_batches": 2}, "tasks left or right"),
+        ({"balance": True}, "use optimizer adam"),
+        (
+            {"balance": True, "search": "fast", "gradients": "features", "momentum": 0.0},
+            "without a search",
+        ),
+        ({"balance": True, "optimizer": "adam", "method": "graddrop"}, "graddrop gives no weight"),
+        ({"balance": True, "optimizer": "adam", "scale": "sum"}, "use scale native"),
+        ({"loss_factor": ("middle=2",)}, "unknown task 'middle'"),
+        ({"loss_factor": ("left",)}, "task=number"),
+        ({"loss_factor": ("left=inf",)}, "finite"),
     ],
 )
 def test_steps_that_do_not_go_together_are_refused(

@@ -15,7 +15,7 @@ from detente.experiments.registry import Experiment, Published
 from detente.metrics import RunningAccuracy
 from detente.models import LeNet, Output
 from detente.records import Metric
-from detente.training.config import TrainingConfig
+from detente.training.config import TrainingConfig, by_task
 from detente.training.problem import SplitName
 
 _SAME_DATA = 0  # the composites are one data set: the seed of a run does not change them
@@ -34,6 +34,8 @@ class MultiMNISTConfig(TrainingConfig):
     micro_batches: int = 1
     """With one digit alone: split every batch into so many equal parts, whose losses play the tasks (a question that
     Aygar 2019 leaves open); all parameters are then shared."""
+    loss_factor: tuple[str, ...] = ()
+    """Factors of the training losses, each as task=number: what a change of units does."""
     dropout: float = 0.5
     """Dropout probability in trunk and heads."""
     download: bool = False
@@ -51,6 +53,7 @@ class MultiMNIST:
                 f"micro_batches is {config.micro_batches}: it must be at least 1, and more than 1 only with "
                 "tasks left or right."
             )
+        self.loss_factor = by_task("loss_factor", config.loss_factor, self.tasks)
         self.loss_names: Sequence[str] = self.tasks
         if config.micro_batches > 1:
             self.loss_names = tuple(f"part {number + 1}" for number in range(config.micro_batches))
@@ -80,15 +83,20 @@ class MultiMNIST:
         return Output(features, model.predict(features))
 
     def losses(self, output: Output, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Mean cross-entropy of each task, or of each part of the batch."""
+        """Mean cross-entropy of each task, or of each part of the batch, times its factor."""
         if self.config.micro_batches > 1:
             (task,) = self.tasks
+            factor = self.loss_factor.get(task, 1.0)
             logits = torch.tensor_split(output.predictions[task], self.config.micro_batches)
             targets = torch.tensor_split(labels[task], self.config.micro_batches)
             return {
-                name: self._loss(*part) for name, *part in zip(self.loss_names, logits, targets, strict=True)
+                name: factor * self._loss(*part)
+                for name, *part in zip(self.loss_names, logits, targets, strict=True)
             }
-        return self.task_losses(output, labels)
+        losses = self.task_losses(output, labels)
+        for task, factor in self.loss_factor.items():
+            losses[task] = factor * losses[task]
+        return losses
 
     def task_losses(self, output: Output, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Mean cross-entropy of each task."""

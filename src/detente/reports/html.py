@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from detente.records import RecordError, Run, UnwritableFolder, find_runs, write_text
+from detente.reports.contributions import balance_section
 from detente.reports.figures import Figure, Section, conflict_curves, loss_curves, weight_curves
 from detente.reports.groups import Study, collect
 from detente.reports.plane import plane_section
@@ -139,7 +140,9 @@ def _study_html(study: Study, figures: list[Figure], several: bool) -> str:
     parts.append(f"<section class='verdict'><p class='headline'>{headline}</p>{limits}</section>")
     parts.append(f"<section><h2>Results on test data</h2>{_table_html(study)}</section>")
     parts.append(_legend(study))
-    for section in (plane_section(study), loss_curves(study), weight_curves(study), conflict_curves(study)):
+    sections = [plane_section(study), loss_curves(study), weight_curves(study), conflict_curves(study)]
+    balance = balance_section(study)
+    for section in sections if balance is None else [*sections, balance]:
         parts.append(_section_html(section, figures))
     parts.append(f"<section><h2>Sample images</h2>{strips_html(study)}</section>")
     parts.append(f"<section><h2>Every run</h2>{_runs_html(study)}</section>")

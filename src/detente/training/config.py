@@ -69,6 +69,9 @@ class TrainingConfig:
     """About how many steps of the run are recorded in full."""
     measure: bool = False
     """Take task gradients at recorded steps also for methods that do not need them."""
+    balance: bool = False
+    """Record at recorded steps what each task contributes to the update of every layer, with an optimizer of Adam's
+    kind. Under adam and adamw it takes every task's gradient at every step, beside what the method needs."""
     checkpoint_seconds: float = 60.0
     """Save a checkpoint at least this often within an epoch (one is always saved at its end)."""
 
@@ -95,24 +98,14 @@ class TrainingConfig:
         """
         if self.selection != "delta-m":
             return {}
-        found: dict[str, float] = {}
-        for entry in self.baseline:
-            task, _, value = entry.partition("=")
-            try:
-                found[task] = float(value)
-            except ValueError as error:
-                raise ValueError(f"baseline {entry!r} is not of the form task=number.") from error
-            if task not in tasks:
-                raise ValueError(
-                    f"baseline names the unknown task {task!r}; the tasks are {', '.join(tasks)}."
-                )
-            if not math.isfinite(found[task]) or found[task] == 0:
-                raise ValueError(f"baseline of task {task!r} is {value}; Δm divides by it.")
+        found = by_task("baseline", self.baseline, tasks)
         for task in tasks:
             if task not in found:
                 raise ValueError(
                     f"selection delta-m needs a baseline for task {task!r}: --baseline {task}=VALUE."
                 )
+            if found[task] == 0:
+                raise ValueError(f"baseline of task {task!r} is 0; Δm divides by it.")
         return found
 
     def method_options(self) -> dict[str, Any]:
@@ -135,3 +128,32 @@ class TrainingConfig:
             except (ValueError, SyntaxError):
                 options[name] = value
         return options
+
+
+def by_task(option: str, entries: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
+    """Numbers given on the command line as task=number.
+
+    Args:
+        option: name of the option, for messages.
+        entries: each of the form task=number; the last of a task counts.
+        tasks: the known tasks.
+
+    Raises:
+        ValueError: an entry has another form, names no task, or its number is not finite.
+
+    Example:
+        >>> by_task("loss_factor", ("left=100",), ("left", "right"))
+        {'left': 100.0}
+    """
+    found: dict[str, float] = {}
+    for entry in entries:
+        task, _, value = entry.partition("=")
+        try:
+            found[task] = float(value)
+        except ValueError as error:
+            raise ValueError(f"{option} {entry!r} is not of the form task=number.") from error
+        if task not in tasks:
+            raise ValueError(f"{option} names the unknown task {task!r}; the tasks are {', '.join(tasks)}.")
+        if not math.isfinite(found[task]):
+            raise ValueError(f"{option} of task {task!r} is {value}; give a finite number.")
+    return found

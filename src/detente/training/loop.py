@@ -304,15 +304,16 @@ class _Run:
         recorded = at.step % self.stride == 0
         # At most every second step, so that there are unmeasured ones left to tell what a step costs.
         measure = config.measure and at.step % max(2, self.stride) == 0 and not self.info.takes_gradients
+        balance = config.balance and recorded
         started = time.perf_counter()
         try:
-            record, further = self.steps.step(inputs, labels, measure)
+            record, further = self.steps.step(inputs, labels, measure=measure, balance=balance)
         except ValueError as error:
             raise ValueError(f"step {at.step + 1} of {self.records.path}: {error}") from error
         if "after_step" in self.info.needs:
             with torch.no_grad():
                 self.method.after_step(self.problem.losses(self.model(inputs), labels))
-        if not measure:
+        if not (measure or config.balance):
             at.step_seconds.append(time.perf_counter() - started)
         at.step += 1
         at.batch += 1

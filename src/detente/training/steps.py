@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from detente.methods import Method, describe
-from detente.step import backward
+from detente.step import backward, task_gradients
 from detente.training.config import TrainingConfig
 from detente.training.problem import Problem
 from detente.values import StepRecord
 
 if TYPE_CHECKING:
     from detente.linesearch.search import Search
+    from detente.optim import Contributions
 
 Forward = Callable[[Any], Any]
 
@@ -24,8 +25,13 @@ Forward = Callable[[Any], Any]
 class Steps(Protocol):
     """What the loop asks for, whatever moves the parameters."""
 
-    def step(self, inputs: Any, labels: Any, measure: bool) -> tuple[StepRecord, dict[str, Any]]:
-        """Move the parameters by one batch; the record, and what else is to be stored with the step."""
+    def step(
+        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+    ) -> tuple[StepRecord, dict[str, Any]]:
+        """Move the parameters by one batch; the record, and what else is to be stored with the step.
+
+        ``measure`` asks for the conflict of the task gradients, ``balance`` for what each task contributes.
+        """
 
     def rate(self, epoch: int) -> float:
         """Set the learning rate of an epoch, and return it."""
@@ -54,29 +60,43 @@ class GradientSteps:
         self.info = describe(method)
         named = getattr(module, "shared_parameters", None)
         self.shared = None if named is None else list(named())
+        self.contributions = _contributions(config, module, optimizer)
 
-    def step(self, inputs: Any, labels: Any, measure: bool) -> tuple[StepRecord, dict[str, Any]]:
+    def step(
+        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+    ) -> tuple[StepRecord, dict[str, Any]]:
         """Fill ``.grad``, in the space the configuration names; take the step unless it was refused."""
         output = self.forward(inputs)
-        record = self._balance(output, self.problem.losses(output, labels), measure)
+        losses = self.problem.losses(output, labels)
+        taken = None
+        if self.contributions is not None:  # at every step: Adam's averages remember all of them
+            taken = task_gradients(losses, shared=self.shared, retain_graph=True)
+        record = self._backward(output, losses, measure)
+        further: dict[str, Any] = {}
         if record.accepted:
             self.optimizer.step()
+            if self.contributions is not None and taken is not None:
+                seen = self.contributions.measure(taken, _known_weights(record, self.info.name))
+                further = {"balance": seen.to_dict()} if balance else {}
         self.optimizer.zero_grad()
-        return record, {}
+        return record, further
 
     def rate(self, epoch: int) -> float:
         """The configured rate, halved every so many epochs."""
         return _set_rate(self.optimizer, self.config, epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's."""
-        return self.optimizer.state_dict()
+        """The optimizer's, and what the tasks contributed so far."""
+        watched = None if self.contributions is None else self.contributions.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "contributions": watched}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The optimizer's."""
-        self.optimizer.load_state_dict(state)
+        """Take it back."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.contributions is not None:
+            self.contributions.load_state_dict(state["contributions"])
 
-    def _balance(self, output: Any, losses: Mapping[str, torch.Tensor], measure: bool) -> StepRecord:
+    def _backward(self, output: Any, losses: Mapping[str, torch.Tensor], measure: bool) -> StepRecord:
         config = self.config
         used = self.info.takes_gradients or measure or config.scale != "native"
         space = config.gradients if used else "none"
@@ -109,6 +129,11 @@ class PerTaskSteps:
                 f"optimizer {config.optimizer} works on the gradients of the shared parameters: use gradients exact "
                 "and scale native."
             )
+        if config.measure:
+            raise ValueError(
+                f"optimizer {config.optimizer} takes one task's gradient after the other, so their conflict is not "
+                "measured: leave measure out; balance records what each task contributes."
+            )
         self.problem, self.config, self.forward = problem, config, forward
         shared, own = roles(module, f"optimizer {config.optimizer}")
         transform = _altering(config, method)
@@ -124,10 +149,12 @@ class PerTaskSteps:
             **options,
         )
 
-    def step(self, inputs: Any, labels: Any, measure: bool) -> tuple[StepRecord, dict[str, Any]]:
-        """One backward for each task, one move; with ``measure`` also what each task contributes to it."""
+    def step(
+        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+    ) -> tuple[StepRecord, dict[str, Any]]:
+        """One backward for each task, one move; with ``balance`` also what each task contributes to it."""
         losses = self.problem.losses(self.forward(inputs), labels)
-        record = self.optimizer.step(losses, measure=measure)
+        record = self.optimizer.step(losses, measure=balance)
         seen = self.optimizer.balance
         return record, {} if seen is None else {"balance": seen.to_dict()}
 
@@ -157,6 +184,7 @@ class SearchedSteps:
                 f"search {config.search} takes plain steps along the method's direction: use optimizer sgd, momentum "
                 "0, weight decay 0 and scale native."
             )
+        _no_balance(config)
         self.problem, self.config, self.module, self.forward = problem, config, module, forward
         shared, own = roles(module, f"search {config.search}")
         self.fast = config.search == "fast"
@@ -178,8 +206,10 @@ class SearchedSteps:
             else Backtracking(method, shared, own, config.learning_rate, **options)
         )
 
-    def step(self, inputs: Any, labels: Any, measure: bool) -> tuple[StepRecord, dict[str, Any]]:
-        """One search on one batch."""
+    def step(
+        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+    ) -> tuple[StepRecord, dict[str, Any]]:
+        """One search on one batch; the search's own record tells the conflict."""
 
         def closure(features: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
             output = (
@@ -226,6 +256,40 @@ def roles(module: nn.Module, what: str) -> tuple[list[nn.Parameter], list[nn.Par
     shared = list(named())
     known = set(shared)
     return shared, [parameter for parameter in module.parameters() if parameter not in known]
+
+
+def _contributions(
+    config: TrainingConfig, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> Contributions | None:
+    """What watches the tasks' contributions to Adam's updates; None unless the configuration asks for it."""
+    if not config.balance:
+        return None
+    from detente.optim import Contributions
+
+    if config.optimizer not in ("adam", "adamw"):
+        _no_balance(config)
+    if config.scale != "native":
+        raise ValueError("balance knows gradients by the method's weights: use scale native.")
+    shared, _ = roles(module, "balance")
+    named = {parameter: name for name, parameter in module.named_parameters()}
+    return Contributions(optimizer, [(named[parameter], parameter) for parameter in shared])
+
+
+def _no_balance(config: TrainingConfig) -> None:
+    if config.balance:
+        raise ValueError(
+            "balance follows from the moments of an optimizer of Adam's kind: use optimizer adam, adamw, mao or mtadam "
+            "without a search."
+        )
+
+
+def _known_weights(record: StepRecord, method: str) -> tuple[float, ...]:
+    if record.weights is None:
+        raise ValueError(
+            f"method {method} gives no weight for each task, so a task's contribution to the step is not defined: "
+            "leave balance out."
+        )
+    return record.weights
 
 
 def _altering(config: TrainingConfig, method: Method) -> Method | None:
