@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 
+from detente.autograd.measure import Taken
+from detente.autograd.partition import Parameters, as_tensors
 from detente.linesearch.armijo import ROUNDING, Array
 from detente.linesearch.closure import Losses, Runs
 from detente.linesearch.moments import KINDS, Moments, Preconditioner, State
@@ -14,7 +16,8 @@ from detente.linesearch.moves import Moves, merged, own_products, real, shared_p
 from detente.linesearch.options import choice
 from detente.linesearch.plan import Plan, epsilons
 from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
-from detente.step import Method, Parameters, Taken, as_tensors, shared_gradients
+from detente.methods import Method
+from detente.step import shared_gradients
 from detente.values import Combination
 
 

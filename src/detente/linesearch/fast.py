@@ -7,13 +7,17 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 
+from detente.autograd.host import to_host
+from detente.autograd.measure import Taken
+from detente.autograd.partition import Parameters
 from detente.linesearch.armijo import ROUNDING, Array
 from detente.linesearch.closure import Losses, Runs, flat, in_order, like
 from detente.linesearch.moves import Moves, merged, own_products, shared_products
 from detente.linesearch.options import whole
 from detente.linesearch.plan import Plan, epsilons
 from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
-from detente.step import Method, Parameters, Taken, shared_gradients, to_host
+from detente.methods import Method
+from detente.step import shared_gradients
 from detente.values import Combination
 
 

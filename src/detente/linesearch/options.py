@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from detente.step import Method, as_tensors
+from detente.autograd.partition import as_tensors
+from detente.methods import Method
 
 
 def check_method(method: Any, space: str) -> Method:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from detente.autograd.measure import Taken
 from detente.linesearch.armijo import Array
 from detente.linesearch.moments import State
 from detente.linesearch.moves import Moves
-from detente.step import Taken
 from detente.values import Combination
 
 

@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 from torch import nn
 
+from detente.autograd.host import to_host
+from detente.autograd.measure import Taken
+from detente.autograd.partition import Memory
 from detente.linesearch.armijo import (
     Array,
     ascends,
@@ -33,16 +36,8 @@ from detente.linesearch.options import (
 )
 from detente.linesearch.plan import Plan
 from detente.linesearch.record import ClosureChanged, NoDescent, Outcome, SearchFailed, SearchRecord
-from detente.step import (
-    Memory,
-    Method,
-    Taken,
-    record_of,
-    task_gradients,
-    to_host,
-    undone_on_failure,
-    with_direction,
-)
+from detente.methods import Method
+from detente.step import record_of, task_gradients, undone_on_failure, with_direction
 from detente.values import Combination, StepRecord, TaskGradients
 
 Descent = Literal["error", "small-step"]

@@ -16,11 +16,11 @@ from detente.autograd.flat import Gradients
 from detente.autograd.host import to_host
 from detente.autograd.losses import Losses, check_losses, named_losses
 from detente.autograd.partition import Memory
+from detente.methods import Method
 from detente.optim.balance import Gauge, TaskBalance
 from detente.optim.groups import Role, known_tasks, read_groups, task_names
 from detente.optim.kernels import Moments, Rule, real, subtract
 from detente.optim.streams import Asked, altered, streamed
-from detente.step import Method
 from detente.values import StepRecord
 
 ROLES: tuple[Role, Role] = ("shared", "task-specific")

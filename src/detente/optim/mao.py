@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, final
 import torch
 
 from detente.autograd.flat import Gradients
+from detente.methods import Method
 from detente.optim.base import (
     Part,
     Pass,
@@ -19,7 +20,6 @@ from detente.optim.base import (
     rule_of,
 )
 from detente.optim.kernels import Form, contribution_means, mean_size, real, subtract
-from detente.step import Method
 
 
 @final

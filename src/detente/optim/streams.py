@@ -14,7 +14,8 @@ from detente.autograd.host import to_host
 from detente.autograd.measure import measure_gradients
 from detente.autograd.partition import Memory
 from detente.autograd.take import Where
-from detente.step import Method, record_of, undone_on_failure
+from detente.methods import Method
+from detente.step import record_of, undone_on_failure
 from detente.values import StepRecord
 
 # Methods known to give a transform; a test holds the list against the registry.

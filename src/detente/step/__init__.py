@@ -1,0 +1,23 @@
+"""One training step: losses to task gradients, task gradients to a combination, a combination to ``.grad``.
+
+:func:`backward` is what a training loop calls (`training_step`); it composes :func:`task_gradients` (`taking`), the
+method, and :func:`apply` (`applying`). :func:`combine` is the mathematics alone, on a matrix (`combining`).
+`recording` turns a step into plain numbers.
+"""
+
+from detente.step.applying import apply, shared_gradients
+from detente.step.combining import combine, with_direction
+from detente.step.recording import record_of, undone_on_failure
+from detente.step.taking import task_gradients
+from detente.step.training_step import backward
+
+__all__ = [
+    "apply",
+    "backward",
+    "combine",
+    "record_of",
+    "shared_gradients",
+    "task_gradients",
+    "undone_on_failure",
+    "with_direction",
+]

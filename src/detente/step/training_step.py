@@ -1,0 +1,201 @@
+"""The whole step: what a training loop calls in place of ``sum(losses).backward()``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from detente.autograd.flat import accumulate, probes
+from detente.autograd.host import to_host
+from detente.autograd.losses import Losses, check_losses, check_own, check_weighted, named_losses
+from detente.autograd.measure import check_further, measure_gradients, take_further
+from detente.autograd.partition import Memory, Parameters
+from detente.autograd.take import Where, take
+from detente.autograd.weighted import weighted_backward
+from detente.methods.base import Method, one_of
+from detente.methods.registry import info_of
+from detente.step.applying import Heads, Scale, apply
+from detente.step.recording import record_of, undone_on_failure
+from detente.step.taking import Features, MemoryMode
+from detente.values import GRADIENT_NEEDS, Combination, StepRecord, TaskGradients
+
+NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
+NO_SHARED_WEIGHTED = "no shared parameters: every parameter takes the weighted gradient of its own loss"
+
+
+def backward(
+    losses: Losses,
+    method: Method,
+    *,
+    features: Features = None,
+    shared: Parameters | None = None,
+    task_specific: Parameters | Mapping[str, Any] | None = None,
+    solve_on: Parameters | None = None,
+    heads: Heads = None,
+    scale: Scale = "native",
+    memory: MemoryMode = "fast",
+    measure: bool = False,
+    extra: Sequence[Losses] = (),
+    retain_graph: bool = False,
+) -> StepRecord:
+    """Fill ``.grad`` for one step of training with several losses: the line that replaces ``sum(losses).backward()``.
+
+    A parameter that two or more losses reach is shared and receives the method's direction; one that a single loss
+    reaches is that task's own. Once shared, a parameter stays shared for this method, so that batches without some
+    task change nothing. Gradients are added to an existing ``.grad``.
+
+    Gradients are taken with ``torch.autograd.grad``: post-accumulate hooks of parameters do not run, and hooks of
+    tensors (``register_hook``) see each backward, that is one task's gradient at a time.
+
+    Args:
+        losses: scalars with their graph, by task name or in sequence (named "0", "1", …). A task may be absent
+            from a step.
+        method: from :func:`detente.create`, made once, outside the loop: it may carry state.
+        features: the shared representation, one tensor or several: the problem is solved on the gradients of the
+            whole batch's representation, and one backward carries the result through the encoder (upper bound).
+            Shared parameters reached past it take the weighted sum of their gradients.
+        shared, task_specific: parameters or modules, instead of discovery. With both given nothing else is touched;
+            with one given everything else a loss reaches has the other role.
+        solve_on: shared parameters to solve on (the last shared layer); the weights then serve all of them.
+        heads: ``own``: own parameters take the plain gradient of their loss; ``weighted``: multiplied by the task's
+            weight. None is ``own`` for methods that combine gradients and ``weighted`` for weightings of losses.
+        scale: length of the shared direction in the space where the problem is solved: ``native``, or that of the
+            ``sum`` or ``mean`` gradient, or ``unit``. Own parameters are not scaled; zero stays zero.
+        memory: ``fast``: one backward per task; ``batched``: one vectorised backward (every task walks all heads).
+            With ``features`` or ``solve_on`` both are the same.
+        measure: take task gradients for the record also for methods that do not need them.
+        extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
+            of them, or none (this batch then stands for all). They only inform the method.
+        retain_graph: keep the graph for another backward.
+
+    Returns:
+        A record of the step in plain numbers. ``record.accepted`` is False if the method refused the step; every
+        ``.grad`` is then as it was found.
+
+    Raises:
+        ValueError: no losses, a loss that is not a scalar or has no graph, NaN or Inf in a loss or gradient,
+            features that a loss does not depend on, named shared parameters that no loss reaches, a space the
+            method cannot be solved in, further batches it does not take. The task is named; ``.grad`` and the
+            method's state are unchanged.
+        TypeError: ``method`` is not a method.
+
+    Example:
+        >>> import detente
+        >>> trunk, left, right = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        >>> method = detente.create("mgda")
+        >>> z = trunk(torch.ones(2, 3))
+        >>> record = detente.backward({"left": left(z).square().mean(), "right": right(z).square().mean()}, method)
+        >>> record.names, record.accepted, trunk.weight.grad is not None
+        (('left', 'right'), True, True)
+    """
+    started = time.perf_counter()
+    _check_call(method, heads, scale, memory)
+    names, scalars = named_losses(losses)
+    where = Where.given(features, shared, task_specific, solve_on)
+    info = info_of(method)
+    workspace: Memory = method.__dict__.setdefault("workspace", Memory())
+    if heads is None:
+        heads = info.heads
+    check_further(info, where, extra)
+    needs = method.needs_now()
+    graph = None
+    if needs & GRADIENT_NEEDS or measure or scale != "native":
+        graph = take(
+            names,
+            scalars,
+            where,
+            workspace,
+            retain_graph=retain_graph,
+            batched=memory == "batched",
+            activations="activations" in needs,
+        )
+    if graph is None:
+        record = _weighting(names, scalars, method, where, heads, retain_graph, workspace)
+        return replace(record, seconds=time.perf_counter() - started)
+    taken = measure_gradients(names, graph, blocks="blocks" in needs)
+    if extra and any(need.startswith("batches:") for need in needs):
+        further = take_further(names, extra, graph, blocks="blocks" in needs, retain_graph=retain_graph)
+        taken = replace(taken, gradients=replace(taken.gradients, extra=further))
+    # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
+    # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
+    cautious = graph.space != "exact" or heads == "weighted"
+    with undone_on_failure(method) if cautious else nullcontext():
+        combination = method.combine(taken.gradients)
+        apply(taken, combination, heads=heads, scale=scale)
+    return replace(record_of(taken.gradients, combination), seconds=time.perf_counter() - started)
+
+
+def _weighting(
+    names: tuple[str, ...],
+    losses: list[torch.Tensor],
+    method: Method,
+    where: Where,
+    heads: Heads,
+    retain_graph: bool,
+    workspace: Memory,
+) -> StepRecord:
+    """A step without task gradients: one backward of the weighted losses.
+
+    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1.
+    """
+    parts = where.partition(names, losses, workspace)
+    needs = method.needs_now()
+    plain = bool(needs & GRADIENT_NEEDS)
+    known = None
+    if not plain and "losses" in needs:
+        known = to_host([losses])[0]
+        check_losses(names, known)
+    with nullcontext() if plain else undone_on_failure(method):
+        combination = Combination(weights=torch.ones(len(losses), dtype=torch.float64))
+        if not plain:
+            combination = method.combine(TaskGradients(names=names, losses=known, space="none"))
+        assert combination.weights is not None, "a weighting of losses gives weights"
+        found, own = weighted_backward(
+            losses,
+            parts,
+            combination.weights,
+            plain_heads=heads == "own" and not plain,
+            retain_graph=retain_graph,
+        )
+        everything = [*found, *(pair for task in own for pair in task)]
+        values, probed = to_host([losses, probes(gradient for _, gradient in everything)])
+        check_losses(names, values)
+        check_own(names, own, probed[len(found) :])
+        check_weighted(names, found, probed[: len(found)])
+        if combination.accepted:
+            accumulate(everything)
+    notes = combination.notes
+    if not any(parts.reached):
+        notes = (*notes, NO_SHARED if plain or heads == "own" else NO_SHARED_WEIGHTED)
+    return StepRecord(
+        names=names,
+        losses=tuple(values.tolist()),
+        weights=tuple(combination.weights.tolist()),
+        status=combination.status,
+        notes=notes,
+    )
+
+
+def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
+    if not isinstance(method, Method):
+        hint = (
+            f" Create it once, outside the loop: detente.create({method!r})."
+            if isinstance(method, str)
+            else ""
+        )
+        raise TypeError(f"method is a {type(method).__name__}, not a detente method.{hint}")
+    if heads is not None:
+        one_of("heads", heads, ("own", "weighted"))
+    one_of("scale", scale, ("native", "sum", "mean", "unit"))
+    one_of("memory", memory, ("fast", "batched"))
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "this version does not reduce task gradients over processes, and training on would let the ranks "
+            "drift apart. Run on one process."
+        )
