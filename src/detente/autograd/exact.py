@@ -12,6 +12,8 @@ import torch
 
 from detente.autograd.flat import Gradients, Layout, gradients_of, present, seeds_of
 from detente.autograd.partition import Memory, Partition
+from detente.autograd.reduction import Reduction
+from detente.autograd.rows import Rows
 from detente.values import Space
 
 
@@ -26,6 +28,9 @@ class Pass:
         own: for each task the gradients of its own parameters, not weighted.
         activations: [P] the flattened representation, if the space is ``features``.
         columns: the parameters in the order of the Jacobian's columns; empty if the space is ``features``.
+        reduction: on several processes, what makes the whole of the ranks' parts.
+        partial: True if this rank holds a part of each row, so that Gramians are to be added over the ranks.
+        reached: parameters, shared and own, that this rank's losses have gradients for; on several processes.
     """
 
     losses: Sequence[torch.Tensor]
@@ -34,6 +39,26 @@ class Pass:
     own: list[Gradients] = field(default_factory=list)
     activations: torch.Tensor | None = None
     columns: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
+    reduction: Reduction | None = field(default=None, kw_only=True)
+    partial: bool = field(default=False, kw_only=True)
+    reached: set[torch.Tensor] = field(default_factory=set, kw_only=True)
+
+    def own_gradients(self, weights: torch.Tensor | None = None) -> Gradients:
+        """Gradients of the tasks' own parameters, times the task's weight [T] where weights are given."""
+        factors = [1.0] * len(self.own) if weights is None else weights.tolist()
+        found = [
+            (tensor, gradient if factor == 1.0 else gradient * factor)
+            for factor, task in zip(factors, self.own, strict=True)
+            for tensor, gradient in task
+        ]
+        return found if self.reduction is None else self.reduction.gradients(self.reduction.own, found)
+
+    def length(self, direction: torch.Tensor) -> torch.Tensor:
+        """Norm of a direction in this pass's space, a float64 scalar on its device."""
+        length: torch.Tensor = torch.linalg.vector_norm(direction, dtype=torch.float64)
+        if self.reduction is None or not self.partial:
+            return length
+        return self.reduction.ranks.sum(length * length).sqrt()
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
         """Gradients of the shared parameters, for a direction [P] in this pass's space.
@@ -55,22 +80,27 @@ class ExactPass(Pass):
 
     Attributes:
         touched: those that some loss has a gradient for; the others keep their ``.grad``.
+        rows: where the Jacobian lies.
     """
 
     touched: set[torch.Tensor] = field(kw_only=True)
+    rows: Rows = field(kw_only=True)
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
         """The direction, cut into the shapes of the parameters."""
-        return self._touched(Layout(self.columns).split(direction))
+        return self._touched(Layout(self.columns).split(self.rows.whole(direction)))
 
     def shared_by_weights(self, weights: torch.Tensor) -> Gradients:
         """The same without the direction as one vector."""
         assert self.jacobian is not None
+        if self.partial:
+            return super().shared_by_weights(weights)
         on_device = weights.to(device=self.jacobian.device, dtype=self.jacobian.dtype)
         return self._touched(Layout(self.columns).weighted(on_device, self.jacobian))
 
     def _touched(self, pieces: Sequence[torch.Tensor]) -> Gradients:
-        return [(t, piece) for t, piece in zip(self.columns, pieces, strict=True) if t in self.touched]
+        touched = self.touched if self.reduction is None else self.reduction.touched
+        return [(t, piece) for t, piece in zip(self.columns, pieces, strict=True) if t in touched]
 
 
 def exact_pass(
@@ -80,6 +110,7 @@ def exact_pass(
     *,
     retain_graph: bool,
     batched: bool = False,
+    rows: Rows | None = None,
 ) -> ExactPass:
     """Take the gradients of T losses with respect to ``partition.shared`` [T, P] and to each task's own parameters.
 
@@ -90,12 +121,14 @@ def exact_pass(
         retain_graph: keep the graph after the last task.
         batched: one vectorised backward instead of T; every task then walks all heads, and every operation of the
             graph must support ``torch.vmap``.
+        rows: where the Jacobian goes; None lays it into the buffer of ``memory``.
     """
-    layout = Layout(partition.shared)
-    jacobian = memory.buffer(len(losses), layout.columns, layout.like)
+    rows = Rows(Layout(partition.shared), len(losses), memory) if rows is None else rows
     if batched:
-        own, touched = _batched(losses, partition, layout, jacobian, retain_graph)
-        return ExactPass(losses, "exact", jacobian, own, columns=partition.shared, touched=touched)
+        own, touched = _batched(losses, partition, rows, retain_graph)
+        return ExactPass(
+            losses, "exact", rows.jacobian, own, columns=partition.shared, touched=touched, rows=rows
+        )
     own, touched = [], set()
     last = len(losses) - 1
     for task, loss in enumerate(losses):
@@ -108,23 +141,28 @@ def exact_pass(
         found = gradients_of([loss], [*wanted, *mine], None, retain_graph=retain_graph or task < last)
         by_tensor = dict(present(wanted, found[: len(wanted)]))
         touched |= by_tensor.keys()
-        layout.write(jacobian[task], [by_tensor.get(tensor) for tensor in partition.shared])
+        rows.write(task, [by_tensor.get(tensor) for tensor in partition.shared])
         own.append(present(mine, found[len(wanted) :]))
         del found, by_tensor  # their memory serves the next task's gradients
-    return ExactPass(losses, "exact", jacobian, own, columns=partition.shared, touched=touched)
+    return ExactPass(
+        losses, "exact", rows.jacobian, own, columns=partition.shared, touched=touched, rows=rows
+    )
 
 
 def _batched(
     losses: Sequence[torch.Tensor],
     partition: Partition,
-    layout: Layout,
-    jacobian: torch.Tensor,
+    rows: Rows,
     retain_graph: bool,
 ) -> tuple[list[Gradients], set[torch.Tensor]]:
     mine = [tensor for tensors in partition.own for tensor in tensors]
     shared = [tensor for tensor, mask in zip(partition.shared, partition.reached, strict=True) if mask]
     stacked = torch.stack([loss.reshape(()) for loss in losses])
     seeds = torch.eye(len(losses), dtype=stacked.dtype, device=stacked.device)
+    if not stacked.requires_grad:  # all tasks are absent on this rank
+        for task in range(len(losses)):
+            rows.write(task, [None] * len(partition.shared))
+        return [[] for _ in losses], set()
     try:
         found = torch.autograd.grad(
             stacked,
@@ -144,9 +182,8 @@ def _batched(
     by_tensor = dict(present([*shared, *mine], found))
     own: list[Gradients] = []
     for task in range(len(losses)):
-        layout.write(
-            jacobian[task],
-            [None if (g := by_tensor.get(tensor)) is None else g[task] for tensor in partition.shared],
+        rows.write(
+            task, [None if (g := by_tensor.get(tensor)) is None else g[task] for tensor in partition.shared]
         )
         own.append(
             [(tensor, by_tensor[tensor][task]) for tensor in partition.own[task] if tensor in by_tensor]
@@ -166,28 +203,33 @@ class LayerPass(Pass):
         assert weights is not None
         reached = [t for t, mask in zip(self.partition.shared, self.partition.reached, strict=True) if mask]
         seeds = seeds_of(self.losses, weights)
-        return present(reached, gradients_of(self.losses, reached, seeds, retain_graph=self.retain_graph))
+        found = present(reached, gradients_of(self.losses, reached, seeds, retain_graph=self.retain_graph))
+        return found if self.reduction is None else self.reduction.gradients(self.partition.shared, found)
 
 
 def layer_pass(
     losses: Sequence[torch.Tensor],
     partition: Partition,
     layer: Sequence[torch.Tensor],
-    memory: Memory,
+    rows: Rows,
     *,
     retain_graph: bool,
 ) -> LayerPass:
     """Take the gradients of T losses with respect to ``layer`` [T, P] and to each task's own parameters."""
-    layout = Layout(tuple(layer))
-    jacobian = memory.buffer(len(losses), layout.columns, layout.like)
     own = []
     for task, loss in enumerate(losses):
         mine = partition.own[task]
         found = gradients_of([loss], [*layer, *mine], None, retain_graph=True)
-        layout.write(jacobian[task], found[: len(layer)])
+        rows.write(task, found[: len(layer)])
         own.append(present(mine, found[len(layer) :]))
     return LayerPass(
-        losses, "layer", jacobian, own, columns=layout.tensors, partition=partition, retain_graph=retain_graph
+        losses,
+        "layer",
+        rows.jacobian,
+        own,
+        columns=rows.layout.tensors,
+        partition=partition,
+        retain_graph=retain_graph,
     )
 
 

@@ -91,6 +91,10 @@ def gradients_of(
     Raises:
         RuntimeError: as autograd does; in words of ours where a compiled model can be walked only once.
     """
+    if not all(output.requires_grad for output in outputs):  # tasks that are absent on this rank
+        present_here = [place for place, output in enumerate(outputs) if output.requires_grad]
+        outputs = [outputs[place] for place in present_here]
+        seeds = None if seeds is None else [seeds[place] for place in present_here]
     if not inputs or not outputs:
         return [None] * len(inputs)
     try:

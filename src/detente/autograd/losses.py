@@ -83,8 +83,12 @@ def check_losses(names: Sequence[str], losses: np.ndarray | None) -> None:
     raise ValueError(_not_finite(name, "the loss"))
 
 
-def check_gradients(names: Sequence[str], sizes: np.ndarray, space: str = "exact") -> None:
+def check_gradients(
+    names: Sequence[str], sizes: np.ndarray, space: str = "exact", what: str | None = None
+) -> None:
     """See that every task's gradient is finite, by the square of each [T], or True where it is.
+
+    ``what`` tells which gradient; by default the shared one of ``space``.
 
     Raises:
         ValueError: one is not; the task is named.
@@ -92,7 +96,8 @@ def check_gradients(names: Sequence[str], sizes: np.ndarray, space: str = "exact
     known = np.isfinite(sizes) if sizes.dtype != np.bool_ else sizes
     if known.all():
         return
-    what = "the gradient with respect to the features" if space == "features" else "the shared gradient"
+    if what is None:
+        what = "the gradient with respect to the features" if space == "features" else "the shared gradient"
     raise ValueError(_not_finite(names[int(np.argmin(known))], what))
 
 

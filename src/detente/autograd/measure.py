@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from detente.autograd.blocks import block_gramians, blocks_of
-from detente.autograd.exact import Pass, exact_pass
-from detente.autograd.flat import probes
+from detente.autograd.exact import ExactPass, Pass, exact_pass
+from detente.autograd.flat import Layout, probes
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
 from detente.autograd.losses import Losses, check_gradients, check_losses, check_own, named_losses
 from detente.autograd.partition import Memory, Partition
-from detente.autograd.take import Where
+from detente.autograd.reduce import check_own_of_all, doubtful
+from detente.autograd.rows import SummedRows
+from detente.autograd.where import Where
 from detente.values import MethodInfo, TaskGradients
 
 
@@ -46,12 +49,18 @@ def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = Fal
     assert graph.jacobian is not None
     split = blocks_of(graph.columns) if blocks and graph.columns else None
     products = gramian(graph.jacobian) if split is None else block_gramians(graph.jacobian, split.sizes)
-    probed = probes(gradient for task in graph.own for _, gradient in task)
-    losses, seen, probed_on_host = to_host([graph.losses, products, probed])
+    if graph.reduction is None:
+        probed = probes(gradient for task in graph.own for _, gradient in task)
+        losses, seen, probed_on_host = to_host([graph.losses, products, probed])
+    else:
+        losses, seen, unsound = _summed(graph, products)
     matrix = seen if split is None else seen.sum(axis=0)
     check_losses(names, losses)
     check_gradients(names, matrix.diagonal(), graph.space)
-    check_own(names, graph.own, probed_on_host)
+    if graph.reduction is None:
+        check_own(names, graph.own, probed_on_host)
+    else:
+        check_own_of_all(graph.reduction, names, graph.own, unsound)
     gradients = TaskGradients(
         names=names,
         losses=losses,
@@ -71,6 +80,26 @@ def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = Fal
     return Taken(gradients, graph)
 
 
+def _summed(graph: Pass, products: torch.Tensor) -> list[np.ndarray]:
+    """Losses [T], products and counts of doubtful own gradients [T] of the whole batch, in one sum over the ranks."""
+    reduction = graph.reduction
+    assert reduction is not None
+    device, tasks = products.device, len(graph.losses)
+    pieces = [loss.detach().reshape(1).to(device, torch.float64) for loss in graph.losses]
+    pieces += [doubtful(graph.own, device), reduction.flags(graph.reached).to(device)]
+    if graph.partial:
+        pieces.append(products.reshape(-1))
+    flat = reduction.ranks.sum(torch.cat(pieces))
+    if graph.partial:
+        (numbers,) = to_host([flat])
+        cut = len(numbers) - products.numel()
+        numbers, seen = numbers[:cut], numbers[cut:].reshape(products.shape)
+    else:
+        numbers, seen = to_host([flat, products])
+    reduction.read_flags(numbers[2 * tasks :])
+    return [numbers[:tasks], seen, numbers[tasks : 2 * tasks]]
+
+
 def take_further(
     names: tuple[str, ...],
     extra: Sequence[Losses],
@@ -78,6 +107,7 @@ def take_further(
     *,
     blocks: bool = False,
     retain_graph: bool = False,
+    shares: Sequence[float] = (),
 ) -> tuple[TaskGradients, ...]:
     """The same tasks' gradients on further batches, with respect to the same parameters, in memory of their own.
 
@@ -87,6 +117,7 @@ def take_further(
         graph: the pass of the step.
         blocks: as for :func:`measure_gradients`.
         retain_graph: keep the graphs.
+        shares: on several processes this rank's part of each task's examples.
 
     Raises:
         ValueError: as the step's own losses do, other tasks, or losses that reach no shared parameter of the step;
@@ -99,13 +130,22 @@ def take_further(
     for number, batch in enumerate(extra):
         try:
             given, scalars = named_losses(batch)
-            if set(given) != set(names):
+            here = {name for name, loss in zip(names, graph.losses, strict=True) if loss.requires_grad}
+            if set(given) != here:
                 raise ValueError(
                     f"the tasks are {', '.join(given)}, and those of the step {', '.join(names)}."
                 )
-            losses = [scalars[given.index(name)] for name in names]
-            further = exact_pass(losses, parts, Memory(), retain_graph=retain_graph)
-            if not further.touched:
+            losses = [
+                scalars[given.index(name)] if name in here else loss
+                for name, loss in zip(names, graph.losses, strict=True)
+            ]
+            if graph.reduction is not None:
+                losses = [
+                    loss * share if loss.requires_grad else loss
+                    for loss, share in zip(losses, shares, strict=True)
+                ]
+            further = _pass_like(graph, losses, parts, retain_graph)
+            if not further.touched and any(loss.requires_grad for loss in losses):
                 raise ValueError(
                     "no loss reaches a shared parameter of the step; use the same model for every batch."
                 )
@@ -114,6 +154,17 @@ def take_further(
             raise type(error)(f"extra[{number}]: {error}") from error
         found.append(replace(gradients, space=graph.space))
     return tuple(found)
+
+
+def _pass_like(graph: Pass, losses: list[torch.Tensor], parts: Partition, retain_graph: bool) -> ExactPass:
+    """Gradients with respect to the same parameters, on several processes complete on every rank."""
+    memory = Memory()
+    if graph.reduction is None:
+        return exact_pass(losses, parts, memory, retain_graph=retain_graph)
+    rows = SummedRows(Layout(graph.columns), len(losses), memory, graph.reduction.ranks)
+    further = exact_pass(losses, parts, memory, rows=rows, retain_graph=retain_graph)
+    further.reduction, further.reached = graph.reduction, graph.reached
+    return further
 
 
 def check_further(info: MethodInfo, where: Where, extra: Any) -> None:

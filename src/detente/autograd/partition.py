@@ -49,6 +49,20 @@ class Partition:
     reached: tuple[int, ...]
     own: tuple[tuple[torch.Tensor, ...], ...]
 
+    @property
+    def shared_reached(self) -> bool:
+        """Whether some loss reaches a shared parameter."""
+        return any(self.reached)
+
+    def of_tasks(self, tasks: Sequence[int]) -> Partition:
+        """The same for some of the losses, by their positions."""
+        if list(tasks) == list(range(len(self.own))):
+            return self
+        reached = tuple(
+            sum((mask >> task & 1) << place for place, task in enumerate(tasks)) for mask in self.reached
+        )
+        return Partition(self.shared, reached, tuple(self.own[task] for task in tasks))
+
 
 def gradient_edge(tensor: torch.Tensor) -> Edge:
     """The node and output number of the graph that produced ``tensor``."""
@@ -60,7 +74,7 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
     """Follow the graph from ``roots`` to its leaves, not beyond ``stops``.
 
     Args:
-        roots: tensors with a graph.
+        roots: tensors; one without a graph reaches nothing (its task is absent here).
         stops: edges to stop at.
         named: True if the caller names shared or own parameters, so that a compiled model hides nothing that is needed.
 
@@ -74,6 +88,8 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
     entered: dict[Edge, int] = {}  # by which output the roots enter each compiled node
     heads: list[Node] = []
     for bit, root in enumerate(roots):
+        if not root.requires_grad:
+            continue
         edge = gradient_edge(root)
         if edge in barrier:
             stopped[edge] = stopped.get(edge, 0) | 1 << bit
@@ -175,25 +191,33 @@ def as_tensors(parameters: Parameters | Mapping[str, Any], option: str) -> tuple
 class Memory:
     """What the engine remembers from one step of a method to the next: shared parameters and one buffer.
 
+    On several processes also own parameters and the names of all tasks: a rank needs them when it lacks a task.
+
     A parameter that was shared once stays shared, so that a batch in which some task is absent does not turn it
     into the own parameter of another task. References are weak; the memory is never saved or copied.
     """
 
     def __init__(self) -> None:
         self._shared: list[weakref.ref[torch.Tensor]] = []
+        self._own: list[weakref.ref[torch.Tensor]] = []
         self._buffer: torch.Tensor | None = None
+        self.tasks: tuple[str, ...] | None = None
 
     def shared(self) -> list[torch.Tensor]:
         """The parameters shared so far that still exist, in the order they were found."""
-        alive = [(reference, reference()) for reference in self._shared]
-        self._shared = [reference for reference, tensor in alive if tensor is not None]
-        return [tensor for _, tensor in alive if tensor is not None]
+        return _alive(self._shared)
 
     def remember(self, tensors: Iterable[torch.Tensor]) -> None:
         """Add parameters that were found to be shared."""
-        known = {id(tensor) for tensor in self.shared()}
-        new = {id(tensor): tensor for tensor in tensors if id(tensor) not in known}
-        self._shared += [weakref.ref(tensor) for tensor in new.values()]
+        _add(self._shared, tensors)
+
+    def own(self) -> list[torch.Tensor]:
+        """The same for parameters of single tasks."""
+        return _alive(self._own)
+
+    def remember_own(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Add parameters that were found to be a task's own."""
+        _add(self._own, tensors)
 
     def buffer(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         """A [rows, columns] tensor of the dtype and device of ``like``, the same memory as last time if it fits."""
@@ -203,6 +227,19 @@ class Memory:
             self._buffer = None  # let go of the old memory before asking for the new
             held = self._buffer = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
         return held[: rows * columns].view(rows, columns)
+
+
+def _alive(references: list[weakref.ref[torch.Tensor]]) -> list[torch.Tensor]:
+    """The tensors that still exist; the others are forgotten."""
+    alive = [(reference, reference()) for reference in references]
+    references[:] = [reference for reference, tensor in alive if tensor is not None]
+    return [tensor for _, tensor in alive if tensor is not None]
+
+
+def _add(references: list[weakref.ref[torch.Tensor]], tensors: Iterable[torch.Tensor]) -> None:
+    known = {id(tensor) for tensor in _alive(references)}
+    new = {id(tensor): tensor for tensor in tensors if id(tensor) not in known}
+    references += [weakref.ref(tensor) for tensor in new.values()]
 
 
 def partition(
@@ -223,7 +260,7 @@ def partition(
     leaves = walk(losses, named=shared is not None or task_specific is not None).leaves
     if shared is not None:
         chosen = trainable(shared)
-        if chosen and not any(leaf in leaves for leaf in chosen):
+        if chosen and leaves and not any(leaf in leaves for leaf in chosen):
             raise ValueError(
                 f"no loss reaches any of the {len(chosen)} parameters named in shared= (the first has shape "
                 f"{tuple(chosen[0].shape)}). Are they of another model, or was the graph detached?"

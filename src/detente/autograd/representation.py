@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,6 +27,7 @@ class FeaturesPass(Pass):
         encoder: shared parameters behind the representation.
         direct: for each task the gradients of shared parameters that its loss reaches past the representation
             (a skip connection, a tied weight, a layer several heads use); weighted like the rest.
+        mine: positions of this rank's columns where the Jacobian is that of the whole batch.
     """
 
     features: Sequence[torch.Tensor] = field(kw_only=True)
@@ -34,9 +35,12 @@ class FeaturesPass(Pass):
     encoder: Sequence[torch.Tensor] = field(kw_only=True)
     direct: list[Gradients] = field(kw_only=True)
     retain_graph: bool = field(kw_only=True)
+    mine: torch.Tensor | None = field(default=None, kw_only=True)
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
         """One backward through the encoder, plus the weighted gradients that bypass the representation."""
+        if self.mine is not None:
+            direction = direction[self.mine]
         pieces = Layout(tuple(self.features)).split(direction)
         outputs = [feature for feature, used in zip(self.features, self.used, strict=True) if used]
         seeds = [piece for piece, used in zip(pieces, self.used, strict=True) if used]
@@ -52,7 +56,10 @@ class FeaturesPass(Pass):
                 for tensor, gradient in gradients:
                     part = gradient * weights[task].to(device=gradient.device, dtype=gradient.dtype)
                     total[tensor] = total[tensor] + part if tensor in total else part
-        return list(total.items())
+        found_here = list(total.items())
+        if self.reduction is None:
+            return found_here
+        return self.reduction.gradients(self.reduction.shared, found_here)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,17 @@ class Roles:
     own: Sequence[Sequence[torch.Tensor]]
     stopped: bool
     entwined: bool
+
+    @property
+    def shared_reached(self) -> bool:
+        """Whether some loss reaches a shared parameter."""
+        return bool(self.encoder) or any(self.past)
+
+    def of_tasks(self, tasks: Sequence[int]) -> Roles:
+        """The same for some of the losses, by their positions."""
+        if list(tasks) == list(range(len(self.own))):
+            return self
+        return replace(self, past=[self.past[task] for task in tasks], own=[self.own[task] for task in tasks])
 
     def partition(self) -> Partition:
         """The roles without the representation: every shared parameter counts as reached by every loss."""
@@ -113,7 +131,7 @@ def assign_roles(
     for mask in heads.stops.values():
         depending |= mask
     for task, name in enumerate(names):
-        if not depending >> task & 1:
+        if losses[task].requires_grad and not depending >> task & 1:
             raise ValueError(
                 f"the loss of task {name!r} does not depend on features=. Compute it from the tensor you pass (not "
                 "from a detached or recomputed copy), or leave the task out of this step."
@@ -126,7 +144,7 @@ def assign_roles(
     inside = set(encoder)
     if shared is not None:
         chosen = set(trainable(shared))
-        if chosen and not chosen & (inside | set(heads.leaves)):
+        if chosen and heads.leaves and not chosen & (inside | set(heads.leaves)):
             raise ValueError(
                 f"no loss reaches any of the {len(chosen)} parameters named in shared=. Are they of another model, "
                 "or was the graph detached?"

@@ -15,6 +15,7 @@ from torch import nn
 from detente.autograd.host import to_host
 from detente.autograd.measure import Taken
 from detente.autograd.partition import Memory
+from detente.autograd.ranks import ranks_of
 from detente.linesearch.armijo import (
     Array,
     ascends,
@@ -141,6 +142,11 @@ class Search(ABC):
             After any of them parameters, buffers, random state and method are as they were before the step.
         """
         started = time.perf_counter()
+        if ranks_of(None) is not None:
+            raise RuntimeError(
+                "the line searches do not average their trials over processes, and training on would let the ranks "
+                "drift apart. Run on one process."
+            )
         runs = Runs(closure, self._modules, discover=self._discover)
         undo: list[Moves] = []
         with self._undone_on_failure(runs, undo):

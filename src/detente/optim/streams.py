@@ -12,8 +12,8 @@ from detente.autograd.exact import exact_pass
 from detente.autograd.flat import Gradients, Layout, finite, gradients_of, present, probes
 from detente.autograd.host import to_host
 from detente.autograd.measure import measure_gradients
-from detente.autograd.partition import Memory
-from detente.autograd.take import Where
+from detente.autograd.partition import Memory, Partition
+from detente.autograd.where import Where
 from detente.methods import Method
 from detente.step import record_of, undone_on_failure
 from detente.values import StepRecord
@@ -82,7 +82,8 @@ def altered(
             gives no transform. The method's state is then as it was.
     """
     where = Where(None, tuple(asked.shared), tuple(asked.specific), None)
-    parts = where.partition(asked.names, asked.losses, workspace)
+    parts = where.plan(asked.names, asked.losses, workspace)
+    assert isinstance(parts, Partition), "there is no representation here"
     graph = exact_pass(asked.losses, parts, workspace, retain_graph=False)
     taken = measure_gradients(asked.names, graph, blocks="blocks" in method.needs_now())
     assert taken.gradients.gramian is not None

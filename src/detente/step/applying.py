@@ -47,11 +47,7 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
         asked = "heads='weighted'" if heads == "weighted" else "solve_on="
         raise ValueError(f"{asked} needs one weight for each task, and this method gives none.")
     shared = shared_gradients(taken, combination, scale=scale)
-    own = taken.graph.own
-    if heads == "weighted":
-        assert weights is not None
-        own = [[(p, g * float(w)) for p, g in task] for w, task in zip(weights.tolist(), own, strict=True)]
-    accumulate([*shared, *(pair for task in own for pair in task)])
+    accumulate([*shared, *taken.graph.own_gradients(weights if heads == "weighted" else None)])
 
 
 def shared_gradients(taken: Taken, combination: Combination, *, scale: Scale = "native") -> Gradients:
@@ -84,7 +80,7 @@ def _along_direction(taken: Taken, combination: Combination, scale: Scale) -> Gr
     direction, weights = combination.direction, combination.weights
     assert direction is not None
     if scale != "native":
-        factor = _length_factor(direction, taken.gradients, scale)
+        factor = _length_factor(taken.graph.length(direction), taken.gradients, scale)
         direction = direction * factor.to(direction.dtype)
         weights = None if weights is None else weights * factor.to(device=weights.device)
     if combination.status == "stationary" and weights is not None:
@@ -92,12 +88,11 @@ def _along_direction(taken: Taken, combination: Combination, scale: Scale) -> Gr
     return taken.graph.shared(direction, weights)
 
 
-def _length_factor(direction: torch.Tensor, gradients: TaskGradients, scale: Scale) -> torch.Tensor:
-    """A float64 scalar on the direction's device that gives it the asked length; 0 for a zero direction."""
+def _length_factor(length: torch.Tensor, gradients: TaskGradients, scale: Scale) -> torch.Tensor:
+    """A float64 scalar on the device of ``length`` that makes of it the asked one; 0 for a zero direction."""
     assert gradients.gramian is not None
     target = 1.0
     if scale != "unit":
         target = float(np.sqrt(max(gradients.gramian.sum(), 0.0)))
         target = target / gradients.tasks if scale == "mean" else target
-    length = torch.linalg.vector_norm(direction, dtype=torch.float64)
     return torch.where(length > 0, target / length, torch.zeros_like(length))

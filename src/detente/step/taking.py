@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 import torch
 
-from detente.autograd.losses import Losses, named_losses
+from detente.autograd.losses import Losses
 from detente.autograd.measure import Taken, measure_gradients
 from detente.autograd.partition import Memory, Parameters
-from detente.autograd.take import Where, take
+from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.reduce import Samples, prepare
+from detente.autograd.take import take
+from detente.autograd.where import Where
 
 Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None
 MemoryMode = Literal["fast", "batched"]
@@ -27,6 +30,8 @@ def task_gradients(
     retain_graph: bool = False,
     blocks: bool = False,
     workspace: Memory | None = None,
+    process_group: ProcessGroup = None,
+    samples: Samples = None,
 ) -> Taken | None:
     """Take the gradient of every loss with respect to what the tasks share.
 
@@ -35,6 +40,7 @@ def task_gradients(
         blocks: also one Gramian for each shared tensor, for methods that need blocks; in the exact space.
         workspace: memory from one step to the next; None takes fresh memory, so that the returned Jacobian is the
             caller's to keep.
+        process_group, samples: as for :func:`backward`. On several processes every rank gets the whole Jacobian.
 
     Returns:
         The task gradients, or None if no parameter is shared.
@@ -49,16 +55,16 @@ def task_gradients(
         array([[ 2.,  6.],
                [ 6., 18.]])
     """
-    names, scalars = named_losses(losses)
     where = Where.given(features, shared, task_specific, solve_on)
     workspace = Memory() if workspace is None else workspace
+    step = prepare(losses, where, workspace, ranks_of(process_group), samples=samples)
     graph = take(
-        names,
-        scalars,
+        step,
         where,
         workspace,
         retain_graph=retain_graph,
         batched=memory == "batched",
         activations=True,
+        whole=True,
     )
-    return None if graph is None else measure_gradients(names, graph, blocks=blocks)
+    return None if graph is None else measure_gradients(step.names, graph, blocks=blocks)

@@ -12,11 +12,15 @@ import torch
 
 from detente.autograd.flat import accumulate, probes
 from detente.autograd.host import to_host
-from detente.autograd.losses import Losses, check_losses, check_own, check_weighted, named_losses
+from detente.autograd.losses import Losses, check_losses, check_own, check_weighted
 from detente.autograd.measure import check_further, measure_gradients, take_further
 from detente.autograd.partition import Memory, Parameters
-from detente.autograd.take import Where, take
+from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.reduce import Prepared, Samples, losses_of_all, prepare
+from detente.autograd.representation import Roles
+from detente.autograd.take import take
 from detente.autograd.weighted import weighted_backward
+from detente.autograd.where import Where
 from detente.methods.base import Method, one_of
 from detente.methods.registry import info_of
 from detente.step.applying import Heads, Scale, apply
@@ -25,6 +29,9 @@ from detente.step.taking import Features, MemoryMode
 from detente.values import GRADIENT_NEEDS, Combination, StepRecord, TaskGradients
 
 NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
+# What a method may need and still get by, on several processes, with one part of every gradient on each.
+_NUMBERS = frozenset({"losses", "gramian", "epoch", "after_step"})
+
 NO_SHARED_WEIGHTED = "no shared parameters: every parameter takes the weighted gradient of its own loss"
 
 
@@ -41,6 +48,8 @@ def backward(
     memory: MemoryMode = "fast",
     measure: bool = False,
     extra: Sequence[Losses] = (),
+    process_group: ProcessGroup = None,
+    samples: Samples = None,
     retain_graph: bool = False,
 ) -> StepRecord:
     """Fill ``.grad`` for one step of training with several losses: the line that replaces ``sum(losses).backward()``.
@@ -71,6 +80,12 @@ def backward(
         measure: take task gradients for the record also for methods that do not need them.
         extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
             of them, or none (this batch then stands for all). They only inform the method.
+        process_group: the processes among which the batch is split: None is torch.distributed's default group where
+            it is initialized, False this process alone. Every rank then ends with the ``.grad`` and the record of the
+            whole batch; call it on every rank, with losses that are means over the rank's own examples.
+        samples: on several processes the number of examples behind this rank's losses, or a mapping from task to
+            number, by which means are weighted; None counts every rank once. A task that is absent here, or has 0
+            examples, takes no part on this rank.
         retain_graph: keep the graph for another backward.
 
     Returns:
@@ -83,6 +98,7 @@ def backward(
             method cannot be solved in, further batches it does not take. The task is named; ``.grad`` and the
             method's state are unchanged.
         TypeError: ``method`` is not a method.
+        RankFailed: another process could not take the step; its message is passed on.
 
     Example:
         >>> import detente
@@ -95,65 +111,77 @@ def backward(
     """
     started = time.perf_counter()
     _check_call(method, heads, scale, memory)
-    names, scalars = named_losses(losses)
+    ranks = ranks_of(process_group)
     where = Where.given(features, shared, task_specific, solve_on)
     info = info_of(method)
     workspace: Memory = method.__dict__.setdefault("workspace", Memory())
     if heads is None:
         heads = info.heads
-    check_further(info, where, extra)
+    step = prepare(
+        losses,
+        where,
+        workspace,
+        ranks,
+        samples=samples,
+        known=method.tasks,
+        check=lambda: check_further(info, where, extra),
+    )
+    names = step.names
     needs = method.needs_now()
     graph = None
     if needs & GRADIENT_NEEDS or measure or scale != "native":
         graph = take(
-            names,
-            scalars,
+            step,
             where,
             workspace,
             retain_graph=retain_graph,
             batched=memory == "batched",
             activations="activations" in needs,
+            # Where a method asks for more than numbers about the gradients, parts of them will not do.
+            whole=not needs <= _NUMBERS,
         )
     if graph is None:
-        record = _weighting(names, scalars, method, where, heads, retain_graph, workspace)
+        record = _weighting(step, method, heads, retain_graph)
         return replace(record, seconds=time.perf_counter() - started)
     taken = measure_gradients(names, graph, blocks="blocks" in needs)
     if extra and any(need.startswith("batches:") for need in needs):
-        further = take_further(names, extra, graph, blocks="blocks" in needs, retain_graph=retain_graph)
+        further = take_further(
+            names, extra, graph, blocks="blocks" in needs, retain_graph=retain_graph, shares=step.shares
+        )
         taken = replace(taken, gradients=replace(taken.gradients, extra=further))
     # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
     # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
     cautious = graph.space != "exact" or heads == "weighted"
     with undone_on_failure(method) if cautious else nullcontext():
-        combination = method.combine(taken.gradients)
+        combination = _of_first_rank(method.combine(taken.gradients), step)
         apply(taken, combination, heads=heads, scale=scale)
     return replace(record_of(taken.gradients, combination), seconds=time.perf_counter() - started)
 
 
 def _weighting(
-    names: tuple[str, ...],
-    losses: list[torch.Tensor],
+    step: Prepared,
     method: Method,
-    where: Where,
     heads: Heads,
     retain_graph: bool,
-    workspace: Memory,
 ) -> StepRecord:
     """A step without task gradients: one backward of the weighted losses.
 
     A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1.
     """
-    parts = where.partition(names, losses, workspace)
+    names, losses, reduction = step.names, step.losses, step.reduction
+    parts = step.parts.partition() if isinstance(step.parts, Roles) else step.parts
     needs = method.needs_now()
     plain = bool(needs & GRADIENT_NEEDS)
     known = None
     if not plain and "losses" in needs:
-        known = to_host([losses])[0]
+        known = losses_of_all(losses, reduction)
         check_losses(names, known)
     with nullcontext() if plain else undone_on_failure(method):
         combination = Combination(weights=torch.ones(len(losses), dtype=torch.float64))
         if not plain:
-            combination = method.combine(TaskGradients(names=names, losses=known, space="none"))
+            combination = _of_first_rank(
+                method.combine(TaskGradients(names=names, losses=known, space="none")), step
+            )
         assert combination.weights is not None, "a weighting of losses gives weights"
         found, own = weighted_backward(
             losses,
@@ -163,14 +191,21 @@ def _weighting(
             retain_graph=retain_graph,
         )
         everything = [*found, *(pair for task in own for pair in task)]
-        values, probed = to_host([losses, probes(gradient for _, gradient in everything)])
-        check_losses(names, values)
-        check_own(names, own, probed[len(found) :])
-        check_weighted(names, found, probed[: len(found)])
+        if reduction is None:
+            values, probed = to_host([losses, probes(gradient for _, gradient in everything)])
+            check_losses(names, values)
+            check_own(names, own, probed[len(found) :])
+            check_weighted(names, found, probed[: len(found)])
+        else:
+            values = losses_of_all(losses, reduction, reached={tensor for tensor, _ in everything})
+            check_losses(names, values)
+            everything = reduction.gradients((*reduction.shared, *reduction.own), everything)
+            (probed,) = to_host([probes(gradient for _, gradient in everything)])
+            check_weighted(names, everything, probed)
         if combination.accepted:
             accumulate(everything)
     notes = combination.notes
-    if not any(parts.reached):
+    if not (parts.shared_reached if reduction is None else reduction.anywhere):
         notes = (*notes, NO_SHARED if plain or heads == "own" else NO_SHARED_WEIGHTED)
     return StepRecord(
         names=names,
@@ -193,9 +228,16 @@ def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
         one_of("heads", heads, ("own", "weighted"))
     one_of("scale", scale, ("native", "sum", "mean", "unit"))
     one_of("memory", memory, ("fast", "batched"))
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "this version does not reduce task gradients over processes, and training on would let the ranks "
-            "drift apart. Run on one process."
-        )
+
+
+def _of_first_rank(combination: Combination, step: Prepared) -> Combination:
+    """On several processes the weights of the first: each solves the same problem, but on a machine of its own."""
+    if step.reduction is None:
+        return combination
+    ranks, device = step.reduction.ranks, step.losses[0].device
+    changes: dict[str, Any] = {
+        name: ranks.from_first(values, device)
+        for name in ("weights", "block_weights")
+        if (values := getattr(combination, name)) is not None
+    }
+    return replace(combination, **changes)

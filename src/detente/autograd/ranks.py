@@ -1,0 +1,136 @@
+"""The processes that share a batch, and every message between them.
+
+Nothing here knows gradients: `reduce` does. Numbers are counted where they are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+ProcessGroup = Any
+"""None: the default group where there is one; False: this process alone; or a group of torch.distributed."""
+
+
+class RankFailed(RuntimeError):
+    """Another rank could not take its part in a step; its message is this one's."""
+
+
+class Ranks:
+    """A group of processes: their number, this one's place, and the collectives a step needs.
+
+    Args:
+        handle: the group of torch.distributed; None is the default one.
+
+    Attributes:
+        rank, size: this process and how many there are.
+        calls: collectives so far.
+        bytes: what this process handed to them, in bytes.
+    """
+
+    def __init__(self, handle: Any = None) -> None:
+        self.handle = handle
+        self.rank, self.size = dist.get_rank(handle), dist.get_world_size(handle)
+        self.calls = self.bytes = 0
+        # Small messages travel between hosts where the backend can: a device would have to be waited for.
+        backend = dist.get_backend(handle)
+        self._on_host = "gloo" in backend or "cpu:" in backend or backend == "mpi"
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add over the ranks, in place."""
+        self._count(tensor)
+        dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def scatter_sum(self, row: torch.Tensor, part: torch.Tensor) -> None:
+        """Add ``row`` [R·W] over the ranks, and keep this rank's ``part`` [W] of the sum."""
+        self._count(row)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(part, row.contiguous(), group=self.handle)
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """[R·W] from every rank's ``part`` [W]."""
+        self._count(part)
+        whole = part.new_empty(self.size * part.numel())
+        collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        collect(whole, part.contiguous(), group=self.handle)
+        return whole
+
+    def numbers(self, values: Sequence[float], device: torch.device) -> np.ndarray:
+        """[R, K] float64 on the host: the K numbers of every rank."""
+        sent = torch.tensor(values, dtype=torch.float64, device="cpu" if self._on_host else device)
+        return self.gather(sent).cpu().numpy().reshape(self.size, len(values))
+
+    def objects(self, value: Any) -> list[Any]:
+        """What every rank has to say: for the first step and for errors, not for every step."""
+        self.calls += 1
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.handle)
+        return found
+
+    def from_first(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The first rank's ``values``, on the host."""
+        sent = values.to("cpu" if self._on_host else device, copy=True)
+        self._count(sent)
+        source = 0 if self.handle is None else dist.get_global_rank(self.handle, 0)
+        dist.broadcast(sent, source, group=self.handle)
+        return sent.to(values.device)
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do something on every rank, and fail on all of them if it fails on one.
+
+        Raises:
+            RankFailed: on the ranks where it did not fail.
+            Exception: what ``work`` raised, on the others.
+        """
+        error: Exception | None = None
+        result: Result | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        self.agree(error)
+        return result  # type: ignore[return-value]
+
+    def agree(self, error: Exception | None) -> None:
+        """Fail on all ranks if one has an error; every rank must call it."""
+        told = self.objects(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise RankFailed(f"rank {rank} could not take this step ({message})")
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        self.calls += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+
+
+def ranks_of(process_group: ProcessGroup | Literal[False] | None) -> Ranks | None:
+    """The processes to work with, None if there is only this one.
+
+    Raises:
+        TypeError: ``process_group`` is neither a group, nor None, nor False.
+
+    Example:
+        >>> ranks_of(False) is None
+        True
+    """
+    if process_group is False or not dist.is_available() or not dist.is_initialized():
+        if process_group not in (None, False):
+            raise TypeError(
+                f"process_group is {process_group!r}, and torch.distributed is not initialized. Call "
+                "torch.distributed.init_process_group() first, or leave process_group out."
+            )
+        return None
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group is a {type(process_group).__name__}; give a group of torch.distributed, None for the "
+            "default one, or False for this process alone."
+        )
+    return Ranks(process_group) if dist.get_world_size(process_group) > 1 else None

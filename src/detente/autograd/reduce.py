@@ -1,0 +1,285 @@
+"""From the gradients of each process's part of a batch to those of the whole batch.
+
+A rank's losses are multiplied by its share of the examples before anything else, so that everything that follows is a
+plain sum over the ranks: losses, task gradients, Gramians of the parts, gradients of own parameters.
+
+- On the parameters (exact) the ranks' gradients are added row by row. Where weights are all a method gives, each rank
+  keeps 1/R of every row (reduce-scatter) and the Gramians of the parts are added; a method that looks at the gradients
+  themselves gets the whole rows.
+- On the representation each rank holds the part of its own examples: the Gramians are added, and after one backward
+  the encoder's gradients.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from detente.autograd.flat import Gradients, Layout, finite, probes
+from detente.autograd.host import to_host
+from detente.autograd.losses import Losses, check_gradients, named_losses
+from detente.autograd.partition import Memory, Partition, trainable
+from detente.autograd.ranks import Ranks
+from detente.autograd.reduction import Reduction
+from detente.autograd.representation import FeaturesPass, Roles
+from detente.autograd.where import Where
+
+Samples = int | Mapping[str, int] | None
+"""Examples behind this rank's losses: one number, or one for each task; None counts every rank once."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step before its first backward.
+
+    Attributes:
+        names: T tasks; on several ranks those that some rank has a loss for.
+        losses: T scalars; on several ranks this rank's share of each, without a graph where it has none.
+        parts: who owns what.
+        reduction: None on a single process.
+        shares: this rank's part of each task's examples, T numbers that add up to 1 over the ranks.
+    """
+
+    names: tuple[str, ...]
+    losses: list[torch.Tensor]
+    parts: Partition | Roles
+    reduction: Reduction | None = None
+    shares: tuple[float, ...] = ()
+
+
+def prepare(
+    losses: Losses,
+    where: Where,
+    memory: Memory,
+    ranks: Ranks | None,
+    *,
+    samples: Samples = None,
+    known: Sequence[str] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Prepared:
+    """Read the losses and find out who owns what; on several ranks, see that they agree.
+
+    Args:
+        losses: of this rank; a task may be absent here.
+        where: what the caller named.
+        memory: of the method.
+        ranks: None on a single process.
+        samples: examples behind the losses of this rank.
+        known: all tasks, where the method knows them.
+        check: what else must hold before the step.
+
+    Raises:
+        ValueError: as :func:`~detente.autograd.losses.named_losses` and :meth:`~detente.autograd.where.Where.plan`, or
+            ``samples`` fits the losses badly, or the ranks disagree on parameters or tasks.
+        RankFailed: another rank raised one of these.
+    """
+    if ranks is None:
+        check()
+        names, scalars = named_losses(losses)
+        return Prepared(names, scalars, where.plan(names, scalars, memory))
+
+    if memory.tasks is None:
+        memory.tasks = tuple(known) if known is not None else _everyones_names(ranks, losses)
+    error: Exception | None = None
+    counts = [0.0] * len(memory.tasks)
+    mark, reaches = 0, False
+    scalars = []
+    reduction = Reduction(ranks, (), ())
+    parts: Partition | Roles | None = None
+    try:
+        check()
+        scalars, counts = _aligned(losses, samples, memory.tasks)
+        parts = where.plan(memory.tasks, scalars, memory)
+        reduction = Reduction(ranks, *_roles(where, parts, memory))
+        mark, reaches = _fingerprint(reduction, where), parts.shared_reached
+    except Exception as caught:
+        error = caught
+    device = scalars[0].device if scalars else torch.device("cpu")
+    table = ranks.numbers([float(error is not None), float(mark), float(reaches), *counts], device)
+    if table[:, 0].any():
+        ranks.agree(error)
+    if (table[:, 1] != table[0, 1]).any():
+        raise ValueError(_disagreement(ranks, reduction))
+    assert parts is not None
+    reduction.anywhere = bool(table[:, 2].any())
+    totals = table[:, 3:].sum(axis=0)
+    present = [place for place, total in enumerate(totals) if total > 0]
+    if not present:
+        raise ValueError("losses is empty on every rank; give at least one loss.")
+    shares = table[ranks.rank, 3:] / np.where(totals > 0, totals, 1.0)
+    return Prepared(
+        tuple(memory.tasks[place] for place in present),
+        [scalars[place] * float(shares[place]) if counts[place] else scalars[place] for place in present],
+        parts.of_tasks(present),
+        reduction,
+        tuple(float(shares[place]) for place in present),
+    )
+
+
+def reached_by(parts: Partition | Roles, losses: Sequence[torch.Tensor]) -> set[torch.Tensor]:
+    """Parameters that this rank's losses reach."""
+    if not any(loss.requires_grad for loss in losses):
+        return set()
+    partition = parts.partition() if isinstance(parts, Roles) else parts
+    reached = {tensor for tensor, mask in zip(partition.shared, partition.reached, strict=True) if mask}
+    return reached | {tensor for task in partition.own for tensor in task}
+
+
+def gather_columns(found: FeaturesPass, reduction: Reduction) -> None:
+    """Replace this rank's columns of the Jacobian by those of the whole batch, for every tensor in rank order."""
+    assert found.jacobian is not None
+    ranks, jacobian = reduction.ranks, found.jacobian
+    widths = [Layout((feature,)).columns for feature in found.features]
+    table = ranks.numbers([float(width) for width in widths], jacobian.device).astype(int)
+    held = [jacobian] if found.activations is None else [jacobian, found.activations[None]]
+    mine: list[torch.Tensor] = []
+    wholes: list[list[torch.Tensor]] = [[] for _ in held]
+    start = first = 0
+    for place, width in enumerate(widths):
+        longest = int(table[:, place].max())
+        for kept, whole in zip(held, wholes, strict=True):
+            sent = kept.new_zeros(len(kept), longest)
+            sent[:, :width] = kept[:, start : start + width]
+            received = ranks.gather(sent.reshape(-1)).view(ranks.size, len(kept), longest)
+            whole += [part[:, : int(table[rank, place])] for rank, part in enumerate(received)]
+        before = int(table[: ranks.rank, place].sum())
+        mine.append(torch.arange(first + before, first + before + width, device=jacobian.device))
+        start, first = start + width, first + int(table[:, place].sum())
+    found.jacobian = torch.cat(wholes[0], dim=1)
+    found.activations = None if found.activations is None else torch.cat(wholes[1], dim=1)[0]
+    found.mine, found.partial = torch.cat(mine), False
+
+
+def losses_of_all(
+    losses: Sequence[torch.Tensor], reduction: Reduction | None, reached: set[torch.Tensor] | None = None
+) -> np.ndarray:
+    """[T] float64 on the host: the losses of the whole batch.
+
+    Args:
+        losses: T scalars; on several ranks this rank's share of each.
+        reduction: None on a single process.
+        reached: parameters with a gradient here; the reduction then knows those with one on some rank.
+    """
+    if reduction is None:
+        return to_host([losses])[0]
+    device = losses[0].device
+    numbers = torch.stack([loss.detach().reshape(()).to(device, torch.float64) for loss in losses])
+    if reached is not None:
+        numbers = torch.cat([numbers, reduction.flags(reached).to(device)])
+    (summed,) = to_host([reduction.ranks.sum(numbers)])
+    if reached is not None:
+        reduction.read_flags(summed[len(losses) :])
+    return summed[: len(losses)]
+
+
+def doubtful(own: Sequence[Gradients], device: torch.device) -> torch.Tensor:
+    """[T] float64: for each task how many of its own parameters' gradients have a probe that is not finite."""
+    counts = []
+    for task in own:
+        probed = [p.to(device) for p in probes(gradient for _, gradient in task)]
+        counts.append(
+            (~torch.stack(probed).isfinite()).sum(dtype=torch.float64)
+            if probed
+            else torch.zeros((), dtype=torch.float64, device=device)
+        )
+    return torch.stack(counts)
+
+
+def check_own_of_all(
+    reduction: Reduction, names: Sequence[str], own: Sequence[Gradients], counts: np.ndarray
+) -> None:
+    """See that own gradients are finite on every rank, by the sum [T] of :func:`doubtful` over the ranks.
+
+    Raises:
+        ValueError: one is not; the task is named on every rank.
+    """
+    if not counts.any():
+        return
+    # A probe may overflow where every entry is finite: all ranks look again, because all know of the doubt.
+    here = [
+        float(not finite([gradient for _, gradient in task], np.full(len(task), np.nan)).all())
+        for task in own
+    ]
+    device = next((gradient.device for task in own for _, gradient in task), torch.device("cpu"))
+    anywhere = np.asarray(reduction.ranks.numbers(here, device).any(axis=0))
+    check_gradients(names, ~anywhere, what="the gradient of its own parameters")
+
+
+def _everyones_names(ranks: Ranks, losses: Losses) -> tuple[str, ...]:
+    """The tasks of all ranks, in the order of the first rank that has them."""
+    count = len(losses) if isinstance(losses, (Mapping, Sequence)) else 0
+    mine = [str(name) for name in (losses if isinstance(losses, Mapping) else range(count))]
+    return tuple(dict.fromkeys(name for theirs in ranks.objects(mine) for name in theirs))
+
+
+def _aligned(
+    losses: Losses, samples: Samples, tasks: Sequence[str]
+) -> tuple[list[torch.Tensor], list[float]]:
+    """The losses in the order of all tasks, without a graph where one is absent, and the examples behind each."""
+    names, scalars = named_losses(losses) if len(losses) else ((), [])
+    strangers = [name for name in names if name not in tasks]
+    if strangers:
+        raise ValueError(
+            f"task {strangers[0]!r} is new in this step, and on several processes all tasks must be known from the "
+            f"first step on (they are {', '.join(tasks)}). Pass tasks= to detente.create()."
+        )
+    found = dict(zip(names, scalars, strict=True))
+    counted = _counts(samples, names)
+    for name in [name for name in names if counted[name] == 0]:
+        del found[name]
+    like = scalars[0] if scalars else torch.zeros(())
+    absent = torch.zeros((), dtype=like.dtype, device=like.device)
+    return [found.get(name, absent) for name in tasks], [counted.get(name, 0.0) for name in tasks]
+
+
+def _counts(samples: Samples, names: Sequence[str]) -> dict[str, float]:
+    if samples is None:
+        return dict.fromkeys(names, 1.0)
+    given: dict[str, Any] = (
+        {str(name): count for name, count in samples.items()}
+        if isinstance(samples, Mapping)
+        else dict.fromkeys(names, samples)
+    )
+    for name in names:
+        count = given.get(name)
+        if isinstance(count, bool) or not isinstance(count, (int, float)) or not 0 <= count < float("inf"):
+            raise ValueError(
+                f"samples= has {count!r} for task {name!r}; give the number of examples behind its loss, >= 0."
+            )
+    return {name: float(given[name]) for name in names}
+
+
+def _roles(
+    where: Where, parts: Partition | Roles, memory: Memory
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Shared and own parameters in an order that does not depend on which tasks this rank has in this step."""
+    partition = parts.partition() if isinstance(parts, Roles) else parts
+    shared = partition.shared if where.shared is None else tuple(trainable(where.shared))
+    known = set(shared)
+    if where.task_specific is not None:
+        own = trainable(where.task_specific)
+    else:
+        memory.remember_own(tensor for task in partition.own for tensor in task)
+        own = memory.own()
+    return shared, tuple(tensor for tensor in own if tensor not in known)
+
+
+def _fingerprint(reduction: Reduction, where: Where) -> int:
+    """A number that differs, with near certainty, where two ranks hold different parameters."""
+    spaces = (where.features is None, where.solve_on is None)
+    told = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in (*reduction.shared, *reduction.own)]
+    return zlib.crc32(repr((spaces, len(reduction.shared), told)).encode())
+
+
+def _disagreement(ranks: Ranks, reduction: Reduction) -> str:
+    told = ranks.objects(f"{len(reduction.shared)} shared and {len(reduction.own)} own parameters")
+    counts = "; ".join(f"rank {rank}: {count}" for rank, count in enumerate(told))
+    return (
+        f"the ranks disagree on which parameters are shared, or on their shapes ({counts}). All ranks need the same "
+        "model. Where a task is absent from some rank's first step, name shared= and task_specific=."
+    )
