@@ -16,6 +16,9 @@ from detente.autograd.flat import Gradients
 from detente.autograd.host import to_host
 from detente.autograd.losses import Losses, check_losses, named_losses
 from detente.autograd.partition import Memory
+from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.reduce import Samples, losses_of_all, prepare
+from detente.autograd.where import Where
 from detente.methods import Method
 from detente.optim.balance import Gauge, TaskBalance
 from detente.optim.groups import Role, known_tasks, read_groups, task_names
@@ -119,7 +122,14 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
     # ---- what everybody calls
 
     @torch.no_grad()
-    def step(self, losses: Losses, *, measure: bool = False) -> StepRecord:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        losses: Losses,
+        *,
+        measure: bool = False,
+        process_group: ProcessGroup = None,
+        samples: Samples = None,
+    ) -> StepRecord:
         """Take the gradient of every loss and move the parameters once, after the last backward.
 
         ``.grad`` is neither read nor written; gradients are taken with ``torch.autograd.grad``, so post-accumulate
@@ -131,6 +141,8 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
                 gradient scaler.
             measure: leave each task's mean gradient and contribution per layer in ``balance``; costs one more pass
                 over the moments.
+            process_group, samples: as for :func:`detente.backward`: on several processes every task's gradient is
+                added over the ranks before its moments see it.
 
         Returns:
             A record with names (in the order of ``tasks``), losses, status and seconds; there are no weights. With
@@ -153,10 +165,6 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         """
         started = time.perf_counter()
         _check_call(losses)
-        names, scalars = named_losses(losses)
-        tasks = known_tasks(self.tasks, names, closed=self._closed)
-        (values,) = to_host([scalars])
-        check_losses(names, values)
         group_of = {
             parameter: group
             for group in self.param_groups
@@ -166,6 +174,19 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         shared, specific = (
             [parameter for parameter, group in group_of.items() if group["role"] == role] for role in ROLES
         )
+        ranks, reduction = ranks_of(process_group), None
+        if ranks is None:
+            names, scalars = named_losses(losses)
+            tasks = known_tasks(self.tasks, names, closed=self._closed)
+            (values,) = to_host([scalars])
+        else:
+            where = Where(None, tuple(shared), tuple(specific), None)
+            with torch.enable_grad():  # this rank's share of each loss keeps its graph
+                ready = prepare(losses, where, self._workspace, ranks, samples=samples, known=self.tasks)
+            names, scalars, reduction = ready.names, ready.losses, ready.reduction
+            tasks = known_tasks(self.tasks, names, closed=self._closed)
+            values = losses_of_all(scalars, reduction)
+        check_losses(names, values)
         # In the order in which the tasks became known, so that the order of a mapping changes nothing.
         order = sorted(range(len(names)), key=lambda task: tasks.index(names[task]))
         asked = Asked(
@@ -174,6 +195,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             shared,
             specific,
             self._name_of,
+            reduction,
         )
         self.balance = None
         current = Pass(group_of, Gauge(asked.names, shared, self._name_of) if measure else None)
@@ -434,10 +456,4 @@ def _check_call(losses: Any) -> None:
         raise TypeError(
             "step() takes the losses of the tasks, as a mapping from task name to loss or a list, and does the "
             "backwards itself; a closure is not supported."
-        )
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "this version does not reduce task gradients over processes, and training on would let the ranks "
-            "drift apart. Run on one process."
         )

@@ -13,6 +13,8 @@ from detente.autograd.flat import Gradients, Layout, finite, gradients_of, prese
 from detente.autograd.host import to_host
 from detente.autograd.measure import measure_gradients
 from detente.autograd.partition import Memory, Partition
+from detente.autograd.reduction import Reduction
+from detente.autograd.rows import SummedRows
 from detente.autograd.where import Where
 from detente.methods import Method
 from detente.step import record_of, undone_on_failure
@@ -31,6 +33,7 @@ class Asked:
         losses: T finite scalars with their graph.
         shared, specific: parameters by their role.
         name_of: gives a parameter's name, for messages.
+        reduction: on several processes, what makes the whole of the ranks' parts.
     """
 
     names: tuple[str, ...]
@@ -38,6 +41,7 @@ class Asked:
     shared: Sequence[torch.Tensor]
     specific: Sequence[torch.Tensor]
     name_of: Callable[[torch.Tensor], str]
+    reduction: Reduction | None = None
 
 
 def streamed(asked: Asked, own: dict[torch.Tensor, torch.Tensor]) -> Iterator[tuple[str, Gradients]]:
@@ -54,6 +58,8 @@ def streamed(asked: Asked, own: dict[torch.Tensor, torch.Tensor]) -> Iterator[tu
     inputs, last = [*asked.shared, *asked.specific], len(asked.names) - 1
     for place, (name, loss) in enumerate(zip(asked.names, asked.losses, strict=True)):
         found = gradients_of([loss], inputs, None, retain_graph=place < last)
+        if asked.reduction is not None:
+            found = _summed(inputs, found, asked.reduction)
         _check(asked, place, present(inputs, found))
         # Never added in place: autograd may hand out one tensor for two inputs.
         for parameter, gradient in present(asked.specific, found[len(asked.shared) :]):
@@ -84,7 +90,15 @@ def altered(
     where = Where(None, tuple(asked.shared), tuple(asked.specific), None)
     parts = where.plan(asked.names, asked.losses, workspace)
     assert isinstance(parts, Partition), "there is no representation here"
-    graph = exact_pass(asked.losses, parts, workspace, retain_graph=False)
+    reduction, rows_here = asked.reduction, None
+    if reduction is not None:
+        rows_here = SummedRows(Layout(parts.shared), len(asked.names), workspace, reduction.ranks)
+    graph = exact_pass(asked.losses, parts, workspace, retain_graph=False, rows=rows_here)
+    masks = parts.reached
+    if reduction is not None:
+        graph.reduction = reduction
+        graph.reached = graph.touched | {tensor for task in graph.own for tensor, _ in task}
+        masks = _masks_of_all(masks, len(asked.names), reduction)
     taken = measure_gradients(asked.names, graph, blocks="blocks" in method.needs_now())
     assert taken.gradients.gramian is not None
     with undone_on_failure(method):
@@ -101,9 +115,8 @@ def altered(
     record = replace(record_of(taken.gradients, combination), weights=None)
     if transform is None or not combination.accepted:
         return record, iter(())
-    for pairs in graph.own:
-        for parameter, gradient in pairs:
-            own[parameter] = own[parameter] + gradient if parameter in own else gradient
+    for parameter, gradient in graph.own_gradients():
+        own[parameter] = own[parameter] + gradient if parameter in own else gradient
     jacobian, factors = taken.gradients.jacobian, transform
     assert jacobian is not None
 
@@ -114,10 +127,32 @@ def altered(
             reached = 1 << place | sum(1 << task for task, factor in enumerate(row.tolist()) if factor)
             factors_of_row = row.to(device=jacobian.device, dtype=jacobian.dtype)
             torch.matmul(factors_of_row[None], jacobian, out=mixed[None])
-            pieces = zip(parts.shared, parts.reached, layout.split(mixed), strict=True)
+            pieces = zip(parts.shared, masks, layout.split(mixed), strict=True)
             yield name, [(tensor, piece) for tensor, mask, piece in pieces if mask & reached]
 
     return record, rows()
+
+
+def _summed(
+    inputs: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None], reduction: Reduction
+) -> list[torch.Tensor | None]:
+    """One task's gradients added over the ranks; None where no rank has any."""
+    layout = Layout(tuple(inputs))
+    like = layout.like
+    flat = torch.empty(layout.columns + len(inputs), dtype=like.dtype, device=like.device)
+    layout.write(flat[: layout.columns], found)
+    flat[layout.columns :] = flat.new_tensor([float(gradient is not None) for gradient in found])
+    reduction.ranks.sum(flat)
+    (counts,) = to_host([flat[layout.columns :]])
+    pieces = layout.split(flat[: layout.columns])
+    return [piece if count else None for piece, count in zip(pieces, counts, strict=True)]
+
+
+def _masks_of_all(masks: Sequence[int], tasks: int, reduction: Reduction) -> tuple[int, ...]:
+    """For each shared parameter the bit mask of the losses that reach it on some rank."""
+    bits = [float(mask >> task & 1) for mask in masks for task in range(tasks)]
+    seen = reduction.ranks.numbers(bits, torch.device("cpu")).any(axis=0).reshape(len(masks), tasks)
+    return tuple(sum(1 << task for task in range(tasks) if row[task]) for row in seen)
 
 
 def _check(asked: Asked, place: int, gradients: Gradients) -> None:
