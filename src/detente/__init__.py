@@ -12,6 +12,8 @@ True
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from detente.autograd.reduce import average_losses
+from detente.autograd.same import check_ranks
 from detente.methods import Declaration, Method, create, methods, register, unregister, wrappers
 from detente.methods.wrappers import wrap
 from detente.step import apply, backward, combine, task_gradients
@@ -29,7 +31,9 @@ __all__ = [
     "StepRecord",
     "TaskGradients",
     "apply",
+    "average_losses",
     "backward",
+    "check_ranks",
     "combine",
     "create",
     "methods",

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from detente.autograd.ranks import Ranks
+
 Parameters: TypeAlias = torch.Tensor | nn.Module | Iterable["torch.Tensor | nn.Module"]
 Edge: TypeAlias = tuple[Node, int]
 
@@ -202,6 +204,7 @@ class Memory:
         self._own: list[weakref.ref[torch.Tensor]] = []
         self._buffer: torch.Tensor | None = None
         self.tasks: tuple[str, ...] | None = None
+        self.ranks: Ranks | None = None
 
     def shared(self) -> list[torch.Tensor]:
         """The parameters shared so far that still exist, in the order they were found."""

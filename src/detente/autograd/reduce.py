@@ -22,9 +22,9 @@ import torch
 
 from detente.autograd.flat import Gradients, Layout, finite, probes
 from detente.autograd.host import to_host
-from detente.autograd.losses import Losses, check_gradients, named_losses
+from detente.autograd.losses import Losses, check_gradients, named_losses, values_of
 from detente.autograd.partition import Memory, Partition, trainable
-from detente.autograd.ranks import Ranks
+from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
 from detente.autograd.reduction import Reduction
 from detente.autograd.representation import FeaturesPass, Roles
 from detente.autograd.where import Where
@@ -83,6 +83,9 @@ def prepare(
         names, scalars = named_losses(losses)
         return Prepared(names, scalars, where.plan(names, scalars, memory))
 
+    if memory.ranks is not None and memory.ranks.handle is ranks.handle:
+        ranks = memory.ranks  # its counts go on
+    memory.ranks = ranks
     if memory.tasks is None:
         memory.tasks = tuple(known) if known is not None else _everyones_names(ranks, losses)
     error: Exception | None = None
@@ -119,6 +122,42 @@ def prepare(
         reduction,
         tuple(float(shares[place]) for place in present),
     )
+
+
+def average_losses(
+    losses: Losses, *, process_group: ProcessGroup = None, samples: Samples = None
+) -> dict[str, torch.Tensor]:
+    """The losses of the whole batch, from those of each process: what a method's ``after_step`` wants to be told.
+
+    Args:
+        losses: of this rank, with or without a graph; a task may be absent here.
+        process_group, samples: as for :func:`detente.backward`.
+
+    Returns:
+        Task to loss, a float64 scalar on the host without a graph; the same on every rank. A task that has no
+        examples anywhere is left out.
+
+    Raises:
+        ValueError: ``samples`` does not fit the losses.
+        TypeError: a loss is neither a tensor nor a number.
+
+    Example:
+        >>> average_losses({"a": torch.tensor(2.0), "b": 3.0})
+        {'a': tensor(2., dtype=torch.float64), 'b': tensor(3., dtype=torch.float64)}
+    """
+    names = [str(name) for name in (losses if isinstance(losses, Mapping) else range(len(losses)))]
+    counts = _counts(samples, names)
+    told = {name: (float(loss), counts[name]) for name, loss in zip(names, values_of(losses), strict=True)}
+    ranks = ranks_of(process_group)
+    everyones = [told] if ranks is None else ranks.objects(told)
+    found = {}
+    for name in dict.fromkeys(name for theirs in everyones for name in theirs):
+        here = [theirs[name] for theirs in everyones if name in theirs and theirs[name][1] > 0]
+        total = sum(count for _, count in here)
+        if total:
+            mean = sum(loss * (count / total) for loss, count in here)
+            found[name] = torch.tensor(mean, dtype=torch.float64)
+    return found
 
 
 def reached_by(parts: Partition | Roles, losses: Sequence[torch.Tensor]) -> set[torch.Tensor]:

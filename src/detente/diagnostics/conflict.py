@@ -10,6 +10,35 @@ from detente.geometry.spectrum import condition_of_rows
 from detente.geometry.threads import one_thread
 from detente.values import Conflict
 
+# Times T machine epsilons: what rounding leaves of a sum of T² products that cancels.
+_CANCELLED = 64
+
+
+def measure_altered(gramian: np.ndarray, transform: np.ndarray) -> Conflict:
+    """The same for the altered gradients Σ_j transform_ij g_j.
+
+    Near the Pareto set an altered gradient cancels to rounding. What is left of it has no direction and may not even be
+    a Gramian: it counts as zero.
+
+    Args:
+        gramian: [T, T] float64 of the gradients as given.
+        transform: [T, T].
+
+    Example:
+        >>> measure_altered(np.ones((2, 2)), np.array([[1.0, 0.0], [0.1, -0.1]])).norms
+        (1.0, 0.0)
+    """
+    altered = transform @ gramian @ transform.T
+    altered = (altered + altered.T) / 2
+    summands = np.abs(transform) @ np.abs(gramian) @ np.abs(transform).T
+    squares = np.diagonal(altered)
+    left = squares > _CANCELLED * len(squares) * np.finfo(np.float64).eps * np.diagonal(summands)
+    lengths = np.sqrt(np.where(left, squares, 0.0))
+    bound = lengths[:, None] * lengths[None, :]
+    cleaned = np.clip(altered, -bound, bound)
+    np.fill_diagonal(cleaned, np.where(left, squares, 0.0))
+    return measure_conflict(cleaned)
+
 
 def measure_conflict(gramian: np.ndarray) -> Conflict:
     """Norms, cosines, condition number, magnitude similarity and norm ratio of T gradients.

@@ -186,6 +186,8 @@ def _factor_dependent(norms: Array, cosines: Array, rank: int) -> tuple[NDArray[
         left = np.where(remaining, np.diagonal(rest), 0.0)
         # Beside the largest remainder of a gradient of unit length, rounding does not count, however long the gradient.
         left[left < 1e-6 * left.max()] = 0.0
+        if not left.max() > 0:  # the eigenvalues saw rounding where the elimination leaves nothing
+            break
         task = int((left * norms**2).argmax())
         column = rest[:, task] / np.sqrt(left[task])
         column[~remaining] = 0.0

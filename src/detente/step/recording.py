@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
-from detente.diagnostics.conflict import measure_conflict
+from detente.diagnostics.conflict import measure_altered, measure_conflict
 from detente.methods.base import Method
 from detente.methods.registry import info_of
 from detente.values import Combination, StepRecord, TaskGradients
@@ -26,7 +26,7 @@ def record_of(gradients: TaskGradients, combination: Combination) -> StepRecord:
         status=combination.status,
         space=gradients.space,
         raw=measure_conflict(gradients.gramian),
-        altered=None if transform is None else measure_conflict(transform @ gradients.gramian @ transform.T),
+        altered=None if transform is None else measure_altered(gradients.gramian, transform),
         kept_rank=combination.kept_rank,
         dropped=combination.dropped,
         notes=combination.notes,
@@ -44,7 +44,7 @@ def undone_on_failure(method: Method) -> Iterator[None]:
     state = deepcopy(method.state_dict()) if info_of(method).stateful else None
     try:
         yield
-    except Exception:
+    except BaseException:  # also when the user interrupts
         for module, (tasks, buffers) in zip(inner, before, strict=True):
             module.tasks = tasks
             module._buffers.clear()

@@ -154,8 +154,9 @@ def backward(
     cautious = graph.space != "exact" or heads == "weighted"
     with undone_on_failure(method) if cautious else nullcontext():
         combination = _of_first_rank(method.combine(taken.gradients), step)
+        record = record_of(taken.gradients, combination)
         apply(taken, combination, heads=heads, scale=scale)
-    return replace(record_of(taken.gradients, combination), seconds=time.perf_counter() - started)
+    return replace(record, seconds=time.perf_counter() - started)
 
 
 def _weighting(
