@@ -31,6 +31,8 @@ class Pass:
         reduction: on several processes, what makes the whole of the ranks' parts.
         partial: True if this rank holds a part of each row, so that Gramians are to be added over the ranks.
         reached: parameters, shared and own, that this rank's losses have gradients for; on several processes.
+        factor: what a gradient scaler multiplied the losses by. The Jacobian is that of the losses themselves; what
+            goes to the parameters is multiplied by it, as ``scaler.scale(loss).backward()`` would.
     """
 
     losses: Sequence[torch.Tensor]
@@ -42,6 +44,13 @@ class Pass:
     reduction: Reduction | None = field(default=None, kw_only=True)
     partial: bool = field(default=False, kw_only=True)
     reached: set[torch.Tensor] = field(default_factory=set, kw_only=True)
+    factor: torch.Tensor | None = field(default=None, kw_only=True)
+
+    def times_factor(self, values: torch.Tensor) -> torch.Tensor:
+        """``values``, to which the scaler's factor belongs once they become gradients of the parameters."""
+        if self.factor is None:
+            return values
+        return values * self.factor.to(device=values.device, dtype=values.dtype)
 
     def own_gradients(self, weights: torch.Tensor | None = None) -> Gradients:
         """Gradients of the tasks' own parameters, times the task's weight [T] where weights are given."""
@@ -88,7 +97,7 @@ class ExactPass(Pass):
 
     def shared(self, direction: torch.Tensor, weights: torch.Tensor | None) -> Gradients:
         """The direction, cut into the shapes of the parameters."""
-        return self._touched(Layout(self.columns).split(self.rows.whole(direction)))
+        return self._touched(Layout(self.columns).split(self.rows.whole(self.times_factor(direction))))
 
     def shared_by_weights(self, weights: torch.Tensor) -> Gradients:
         """The same without the direction as one vector."""
@@ -96,6 +105,7 @@ class ExactPass(Pass):
         if self.partial:
             return super().shared_by_weights(weights)
         on_device = weights.to(device=self.jacobian.device, dtype=self.jacobian.dtype)
+        on_device = self.times_factor(on_device)
         return self._touched(Layout(self.columns).weighted(on_device, self.jacobian))
 
     def _touched(self, pieces: Sequence[torch.Tensor]) -> Gradients:

@@ -14,6 +14,11 @@ import torch
 from detente.autograd.flat import Gradients, finite, probes
 from detente.autograd.host import to_host
 
+
+class GradientNotFinite(ValueError):
+    """A gradient is NaN or infinite; under a gradient scaler that happens, and the step is skipped."""
+
+
 Losses: TypeAlias = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
 
 
@@ -98,7 +103,7 @@ def check_gradients(
         return
     if what is None:
         what = "the gradient with respect to the features" if space == "features" else "the shared gradient"
-    raise ValueError(_not_finite(names[int(np.argmin(known))], what))
+    raise GradientNotFinite(_not_finite(names[int(np.argmin(known))], what))
 
 
 def check_own(names: Sequence[str], own: Sequence[Gradients], probed: np.ndarray) -> None:
@@ -112,7 +117,7 @@ def check_own(names: Sequence[str], own: Sequence[Gradients], probed: np.ndarray
         mine = probed[offset : offset + len(task)]
         offset += len(task)
         if not _all_finite(task, mine):
-            raise ValueError(_not_finite(name, "the gradient of its own parameters"))
+            raise GradientNotFinite(_not_finite(name, "the gradient of its own parameters"))
 
 
 def check_behind(names: Sequence[str], gradients: Gradients) -> None:
@@ -125,7 +130,7 @@ def check_behind(names: Sequence[str], gradients: Gradients) -> None:
     if not probed or np.isfinite(to_host([torch.stack([p.to(probed[0]) for p in probed]).sum()])[0]):
         return
     if not finite([g for _, g in gradients], np.full(len(gradients), np.nan)).all():
-        raise ValueError(
+        raise GradientNotFinite(
             f"the gradients of tasks {', '.join(names)} are finite where the problem was solved and not finite "
             "(NaN or Inf) behind it, in the shared parameters. Nothing was changed."
         )
@@ -138,7 +143,7 @@ def check_weighted(names: Sequence[str], gradients: Gradients, probed: np.ndarra
         ValueError: one is not. No task can be named: one backward serves them all.
     """
     if not _all_finite(gradients, probed):
-        raise ValueError(
+        raise GradientNotFinite(
             f"the gradient of the weighted losses of tasks {', '.join(names)} is not finite (NaN or Inf) in the shared "
             "parameters. Nothing was changed. Pass measure=True for one step to learn which task it comes from."
         )

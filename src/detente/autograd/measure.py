@@ -35,27 +35,36 @@ class Taken:
     graph: Pass
 
 
-def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = False) -> Taken:
+def measure_gradients(
+    names: tuple[str, ...],
+    graph: Pass,
+    *,
+    blocks: bool = False,
+    losses: Sequence[torch.Tensor] | None = None,
+) -> Taken:
     """Gramian, losses and a check of every gradient, in one copy to the host.
 
     Args:
         names: the T tasks.
         graph: a pass with its Jacobian.
         blocks: also one Gramian for each shared tensor, where the pass is over parameters.
+        losses: T scalars, where the pass started from others (a gradient scaler's multiples of them).
 
     Raises:
-        ValueError: a loss or a gradient is not finite; the task is named.
+        ValueError: a loss is not finite; the task is named.
+        GradientNotFinite: a gradient is not finite; the task is named.
     """
     assert graph.jacobian is not None
+    values = graph.losses if losses is None else losses
     split = blocks_of(graph.columns) if blocks and graph.columns else None
     products = gramian(graph.jacobian) if split is None else block_gramians(graph.jacobian, split.sizes)
     if graph.reduction is None:
         probed = probes(gradient for task in graph.own for _, gradient in task)
-        losses, seen, probed_on_host = to_host([graph.losses, products, probed])
+        told, seen, probed_on_host = to_host([values, products, probed])
     else:
-        losses, seen, unsound = _summed(graph, products)
+        told, seen, unsound = _summed(graph, values, products)
     matrix = seen if split is None else seen.sum(axis=0)
-    check_losses(names, losses)
+    check_losses(names, told)
     check_gradients(names, matrix.diagonal(), graph.space)
     if graph.reduction is None:
         check_own(names, graph.own, probed_on_host)
@@ -63,7 +72,7 @@ def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = Fal
         check_own_of_all(graph.reduction, names, graph.own, unsound)
     gradients = TaskGradients(
         names=names,
-        losses=losses,
+        losses=told,
         gramian=matrix,
         jacobian=graph.jacobian,
         activations=graph.activations,
@@ -80,12 +89,12 @@ def measure_gradients(names: tuple[str, ...], graph: Pass, *, blocks: bool = Fal
     return Taken(gradients, graph)
 
 
-def _summed(graph: Pass, products: torch.Tensor) -> list[np.ndarray]:
+def _summed(graph: Pass, losses: Sequence[torch.Tensor], products: torch.Tensor) -> list[np.ndarray]:
     """Losses [T], products and counts of doubtful own gradients [T] of the whole batch, in one sum over the ranks."""
     reduction = graph.reduction
     assert reduction is not None
-    device, tasks = products.device, len(graph.losses)
-    pieces = [loss.detach().reshape(1).to(device, torch.float64) for loss in graph.losses]
+    device, tasks = products.device, len(losses)
+    pieces = [loss.detach().reshape(1).to(device, torch.float64) for loss in losses]
     pieces += [doubtful(graph.own, device), reduction.flags(graph.reached).to(device)]
     if graph.partial:
         pieces.append(products.reshape(-1))
@@ -145,11 +154,14 @@ def take_further(
                     for loss, share in zip(losses, shares, strict=True)
                 ]
             further = _pass_like(graph, losses, parts, retain_graph)
+            if graph.factor is not None:
+                assert further.jacobian is not None
+                further.jacobian.div_(graph.factor.to(further.jacobian))
             if not further.touched and any(loss.requires_grad for loss in losses):
                 raise ValueError(
                     "no loss reaches a shared parameter of the step; use the same model for every batch."
                 )
-            gradients = measure_gradients(names, further, blocks=blocks).gradients
+            gradients = measure_gradients(names, further, blocks=blocks, losses=losses).gradients
         except (ValueError, TypeError) as error:
             raise type(error)(f"extra[{number}]: {error}") from error
         found.append(replace(gradients, space=graph.space))
@@ -159,6 +171,8 @@ def take_further(
 def _pass_like(graph: Pass, losses: list[torch.Tensor], parts: Partition, retain_graph: bool) -> ExactPass:
     """Gradients with respect to the same parameters, on several processes complete on every rank."""
     memory = Memory()
+    if graph.factor is not None:
+        losses = [loss * graph.factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
     if graph.reduction is None:
         return exact_pass(losses, parts, memory, retain_graph=retain_graph)
     rows = SummedRows(Layout(graph.columns), len(losses), memory, graph.reduction.ranks)

@@ -41,6 +41,7 @@ class FeaturesPass(Pass):
         """One backward through the encoder, plus the weighted gradients that bypass the representation."""
         if self.mine is not None:
             direction = direction[self.mine]
+        direction = self.times_factor(direction)
         pieces = Layout(tuple(self.features)).split(direction)
         outputs = [feature for feature, used in zip(self.features, self.used, strict=True) if used]
         seeds = [piece for piece, used in zip(pieces, self.used, strict=True) if used]

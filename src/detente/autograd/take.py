@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from detente.autograd.exact import Pass, exact_pass, layer_pass
 from detente.autograd.flat import Layout
 from detente.autograd.partition import Memory, Partition
@@ -21,6 +25,7 @@ def take(
     batched: bool,
     activations: bool,
     whole: bool,
+    factor: torch.Tensor | None = None,
 ) -> Pass | None:
     """The task gradients of one step, None if no loss reaches a shared parameter.
 
@@ -32,8 +37,43 @@ def take(
         batched: one vectorised backward, in the exact space.
         activations: copy the representation for methods that look at it.
         whole: on several processes, let every rank have all of the gradients, and not a part of each.
+        factor: of a gradient scaler: the backwards start from the losses times this number, so that half precision
+            holds small gradients, and the Jacobian is divided by it.
     """
-    losses, parts, reduction = step.losses, step.parts, step.reduction
+    found = _pass(
+        step,
+        step.losses if factor is None else multiplied(step.losses, factor),
+        where,
+        memory,
+        retain_graph=retain_graph,
+        batched=batched,
+        activations=activations,
+        whole=whole,
+    )
+    if found is not None and factor is not None:
+        assert found.jacobian is not None
+        found.factor = factor
+        found.jacobian.mul_((1 / factor).to(device=found.jacobian.device, dtype=found.jacobian.dtype))
+    return found
+
+
+def multiplied(losses: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor]:
+    """Losses times a scaler's factor; one that is absent stays so."""
+    return [loss * factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
+
+
+def _pass(
+    step: Prepared,
+    losses: Sequence[torch.Tensor],
+    where: Where,
+    memory: Memory,
+    *,
+    retain_graph: bool,
+    batched: bool,
+    activations: bool,
+    whole: bool,
+) -> Pass | None:
+    parts, reduction = step.parts, step.reduction
     if isinstance(parts, Roles):
         assert where.features is not None
         found = features_pass(

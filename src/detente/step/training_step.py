@@ -12,13 +12,13 @@ import torch
 
 from detente.autograd.flat import accumulate, probes
 from detente.autograd.host import to_host
-from detente.autograd.losses import Losses, check_losses, check_own, check_weighted
+from detente.autograd.losses import GradientNotFinite, Losses, check_losses, check_own, check_weighted
 from detente.autograd.measure import check_further, measure_gradients, take_further
 from detente.autograd.partition import Memory, Parameters
 from detente.autograd.ranks import ProcessGroup, ranks_of
-from detente.autograd.reduce import Prepared, Samples, losses_of_all, prepare
+from detente.autograd.reduce import Prepared, Samples, losses_of_all, prepare, reached_by
 from detente.autograd.representation import Roles
-from detente.autograd.take import take
+from detente.autograd.take import multiplied, take
 from detente.autograd.weighted import weighted_backward
 from detente.autograd.where import Where
 from detente.methods.base import Method, one_of
@@ -48,6 +48,7 @@ def backward(
     memory: MemoryMode = "fast",
     measure: bool = False,
     extra: Sequence[Losses] = (),
+    scaler: torch.amp.GradScaler | None = None,
     process_group: ProcessGroup = None,
     samples: Samples = None,
     retain_graph: bool = False,
@@ -80,6 +81,9 @@ def backward(
         measure: take task gradients for the record also for methods that do not need them.
         extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
             of them, or none (this batch then stands for all). They only inform the method.
+        scaler: of torch.amp. Pass the losses unscaled: the method sees unscaled gradients, and ``.grad`` is scaled, as
+            ``scaler.step(optimizer)`` expects. A gradient that is not finite is then no error: every ``.grad`` is
+            filled with NaN, the method's state stays, and the scaler skips the step and lowers its factor.
         process_group: the processes among which the batch is split: None is torch.distributed's default group where
             it is initialized, False this process alone. Every rank then ends with the ``.grad`` and the record of the
             whole batch; call it on every rank, with losses that are means over the rank's own examples.
@@ -126,27 +130,55 @@ def backward(
         known=method.tasks,
         check=lambda: check_further(info, where, extra),
     )
-    names = step.names
+    factor = factor_of(scaler, step.losses)
+    try:
+        record = None
+        if method.needs_now() & GRADIENT_NEEDS or measure or scale != "native":
+            batched = memory == "batched"
+            record = _combining(
+                step, method, where, heads, scale, factor, extra, workspace, retain_graph, batched
+            )
+        if record is None:
+            record = _weighting(step, method, heads, factor, retain_graph)
+    except GradientNotFinite as error:
+        if factor is None:
+            raise
+        record = _left_to_the_scaler(step, error)
+    return replace(record, seconds=time.perf_counter() - started)
+
+
+def _combining(
+    step: Prepared,
+    method: Method,
+    where: Where,
+    heads: Heads,
+    scale: Scale,
+    factor: torch.Tensor | None,
+    extra: Sequence[Losses],
+    workspace: Memory,
+    retain_graph: bool,
+    batched: bool,
+) -> StepRecord | None:
+    """A step by task gradients; None if nothing is shared."""
     needs = method.needs_now()
-    graph = None
-    if needs & GRADIENT_NEEDS or measure or scale != "native":
-        graph = take(
-            step,
-            where,
-            workspace,
-            retain_graph=retain_graph,
-            batched=memory == "batched",
-            activations="activations" in needs,
-            # Where a method asks for more than numbers about the gradients, parts of them will not do.
-            whole=not needs <= _NUMBERS,
-        )
+    blocks = "blocks" in needs
+    graph = take(
+        step,
+        where,
+        workspace,
+        retain_graph=retain_graph,
+        batched=batched,
+        activations="activations" in needs,
+        # Where a method asks for more than numbers about the gradients, parts of them will not do.
+        whole=not needs <= _NUMBERS,
+        factor=factor,
+    )
     if graph is None:
-        record = _weighting(step, method, heads, retain_graph)
-        return replace(record, seconds=time.perf_counter() - started)
-    taken = measure_gradients(names, graph, blocks="blocks" in needs)
+        return None
+    taken = measure_gradients(step.names, graph, blocks=blocks, losses=step.losses)
     if extra and any(need.startswith("batches:") for need in needs):
         further = take_further(
-            names, extra, graph, blocks="blocks" in needs, retain_graph=retain_graph, shares=step.shares
+            step.names, extra, graph, blocks=blocks, retain_graph=retain_graph, shares=step.shares
         )
         taken = replace(taken, gradients=replace(taken.gradients, extra=further))
     # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
@@ -156,13 +188,14 @@ def backward(
         combination = _of_first_rank(method.combine(taken.gradients), step)
         record = record_of(taken.gradients, combination)
         apply(taken, combination, heads=heads, scale=scale)
-    return replace(record, seconds=time.perf_counter() - started)
+    return record
 
 
 def _weighting(
     step: Prepared,
     method: Method,
     heads: Heads,
+    factor: torch.Tensor | None,
     retain_graph: bool,
 ) -> StepRecord:
     """A step without task gradients: one backward of the weighted losses.
@@ -185,7 +218,7 @@ def _weighting(
             )
         assert combination.weights is not None, "a weighting of losses gives weights"
         found, own = weighted_backward(
-            losses,
+            losses if factor is None else multiplied(losses, factor),
             parts,
             combination.weights,
             plain_heads=heads == "own" and not plain,
@@ -214,6 +247,40 @@ def _weighting(
         weights=tuple(combination.weights.tolist()),
         status=combination.status,
         notes=notes,
+    )
+
+
+def factor_of(scaler: Any, losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What a scaler multiplies losses by, a scalar on their device; None without one, or where it is disabled.
+
+    Raises:
+        TypeError: it is no gradient scaler.
+    """
+    if scaler is None:
+        return None
+    if not (hasattr(scaler, "scale") and hasattr(scaler, "is_enabled")):
+        raise TypeError(f"scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler, or leave it out.")
+    if not scaler.is_enabled():
+        return None
+    one = torch.ones((), dtype=torch.float32, device=losses[0].device)
+    scaled: torch.Tensor = scaler.scale(one)  # on the device: the factor is never waited for
+    return scaled
+
+
+def _left_to_the_scaler(step: Prepared, error: GradientNotFinite) -> StepRecord:
+    """Fill every ``.grad`` with NaN, by which the scaler knows that this step is to be skipped."""
+    if step.reduction is None:
+        filled = reached_by(step.parts, step.losses)
+    else:
+        filled = {*step.reduction.shared, *step.reduction.own}
+    accumulate([(tensor, torch.full_like(tensor, float("nan"))) for tensor in filled])
+    known = losses_of_all(step.losses, step.reduction)
+    told = str(error).partition(" Nothing was changed.")[0]
+    return StepRecord(
+        names=step.names,
+        losses=tuple(known.tolist()),
+        weights=None,
+        notes=(f"{told} The gradient scaler skips this step.",),
     )
 
 
