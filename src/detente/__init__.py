@@ -16,7 +16,7 @@ from detente.autograd.reduce import average_losses
 from detente.autograd.same import check_ranks
 from detente.methods import Declaration, Method, create, methods, register, unregister, wrappers
 from detente.methods.wrappers import wrap
-from detente.step import apply, backward, combine, task_gradients
+from detente.step import accumulate, apply, backward, combine, task_gradients
 from detente.values import Combination, Conflict, MethodInfo, Option, StepRecord, TaskGradients
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "Option",
     "StepRecord",
     "TaskGradients",
+    "accumulate",
     "apply",
     "average_losses",
     "backward",

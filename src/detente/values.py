@@ -138,7 +138,7 @@ class StepRecord:
         names: the T tasks of this step; every sequence below follows their order.
         losses: T losses.
         weights: T weights of the tasks, None where the method's direction is no weighted sum.
-        status: ``ok``, ``stationary`` or ``refused``.
+        status: ``ok``, ``stationary`` or ``refused``; ``accumulating`` for a micro-batch that is not the last.
         space: where the problem was solved: ``exact``, ``features``, ``layer``; ``none`` if no task gradients
             were taken (loss weightings) or no parameter is shared.
         raw: conflict of the gradients as given, None if none were taken.
@@ -155,7 +155,7 @@ class StepRecord:
     names: tuple[str, ...]
     losses: tuple[float, ...]
     weights: tuple[float, ...] | None
-    status: Status = "ok"
+    status: Status | Literal["accumulating"] = "ok"
     space: Space = "none"
     raw: Conflict | None = None
     altered: Conflict | None = None
@@ -166,8 +166,8 @@ class StepRecord:
 
     @property
     def accepted(self) -> bool:
-        """False only where the method refused the step and every ``.grad`` was left as found."""
-        return self.status != "refused"
+        """False where every ``.grad`` was left as found: the step was refused, or more micro-batches are to come."""
+        return self.status not in ("refused", "accumulating")
 
     @property
     def gradient_norms(self) -> tuple[float, ...] | None:

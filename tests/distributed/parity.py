@@ -217,7 +217,7 @@ def wrong_in_one_place(what: str) -> str:
     network = Network()
     part = parts_of(2, even=True)[rank]
     x, targets = batch_of(0, 0, 12)
-    z, losses = losses_of(network, part, x, targets)
+    _, losses = losses_of(network, part, x, targets)
     method, more = detente.create("mgda"), {}
     if rank == 1:
         if what == "nan":
@@ -341,3 +341,24 @@ def wait_for_a_dead_rank(kill_rank: int) -> str:
         _, losses = losses_of(network, part, x, targets)
         detente.backward(losses, method)
     return "went on"
+
+
+def accumulated(name: str) -> float:
+    """Two micro-batches on every rank, of uneven sizes, beside one process with all of it."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    network, alone = Network(), Network()
+    x, targets = batch_of(0, 0, 12)
+    part = parts_of(size, even=False)[rank]
+    method = detente.create(name, tasks=TASKS)
+    cut = part.start + 1
+    with detente.accumulate(method, 2):
+        for piece in (slice(part.start, cut), slice(cut, part.stop)):
+            _, losses = losses_of(network, piece, x, targets)
+            record = detente.backward(losses, method, samples=piece.stop - piece.start)
+    _, losses = losses_of(alone, slice(None), x, targets)
+    other = detente.backward(losses, detente.create(name, tasks=TASKS), process_group=False)
+    assert torch.allclose(torch.tensor(record.losses), torch.tensor(other.losses), rtol=1e-12)
+    ours, theirs = (
+        torch.cat([parameter.grad.reshape(-1) for parameter in one.parameters()]) for one in (network, alone)
+    )
+    return float((ours - theirs).norm() / theirs.norm())

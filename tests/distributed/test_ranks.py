@@ -13,6 +13,7 @@ from parity import (
     Network,
     a_hundred_steps,
     absent_tasks,
+    accumulated,
     named_from_the_first_step,
     optimizers,
     traffic,
@@ -68,6 +69,12 @@ def test_what_is_wrong_on_one_rank_is_told_on_all(tmp_path: Path, what: str, her
 @pytest.mark.parametrize("kind", ["mao", "mao after pcgrad", "mtadam"])
 def test_optimizers_with_moments_for_every_task(tmp_path: Path, kind: str) -> None:
     for difference in in_processes(optimizers, 2, tmp_path, kind):
+        assert difference < 1e-9
+
+
+@pytest.mark.parametrize("name", ["mgda", "graddrop"])
+def test_micro_batches(tmp_path: Path, name: str) -> None:
+    for difference in in_processes(accumulated, 2, tmp_path, name):
         assert difference < 1e-9
 
 

@@ -132,7 +132,7 @@ def test_an_overflow_is_left_to_the_scaler(name: str, space: str, place: str) ->
 def test_without_a_scaler_an_overflow_is_an_error_and_a_loss_always_is() -> None:
     network = Network()
     for scaler in (None, torch.amp.GradScaler("cpu", enabled=False)):
-        z, outputs = network(torch.ones(5, 4, dtype=torch.float64))
+        _, outputs = network(torch.ones(5, 4, dtype=torch.float64))
         losses = {task: Overflow.apply(output).square().mean() for task, output in outputs.items()}
         with pytest.raises(ValueError, match="task 'a' is not finite"):
             detente.backward(losses, detente.create("mgda"), scaler=scaler)

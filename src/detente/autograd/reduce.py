@@ -43,6 +43,7 @@ class Prepared:
         parts: who owns what.
         reduction: None on a single process.
         shares: this rank's part of each task's examples, T numbers that add up to 1 over the ranks.
+        totals: examples behind each loss, on all ranks together.
     """
 
     names: tuple[str, ...]
@@ -50,6 +51,7 @@ class Prepared:
     parts: Partition | Roles
     reduction: Reduction | None = None
     shares: tuple[float, ...] = ()
+    totals: tuple[float, ...] = ()
 
 
 def prepare(
@@ -81,7 +83,13 @@ def prepare(
     if ranks is None:
         check()
         names, scalars = named_losses(losses)
-        return Prepared(names, scalars, where.plan(names, scalars, memory))
+        examples = _counts(samples, names)
+        here = [place for place, name in enumerate(names) if examples[name] > 0]
+        if not here:
+            raise ValueError("samples= is 0 for every task; leave such a batch out.")
+        names, scalars = tuple(names[place] for place in here), [scalars[place] for place in here]
+        totals = tuple(examples[name] for name in names)
+        return Prepared(names, scalars, where.plan(names, scalars, memory), totals=totals)
 
     if memory.ranks is not None and memory.ranks.handle is ranks.handle:
         ranks = memory.ranks  # its counts go on
@@ -110,17 +118,18 @@ def prepare(
         raise ValueError(_disagreement(ranks, reduction))
     assert parts is not None
     reduction.anywhere = bool(table[:, 2].any())
-    totals = table[:, 3:].sum(axis=0)
-    present = [place for place, total in enumerate(totals) if total > 0]
+    sums = table[:, 3:].sum(axis=0)
+    present = [place for place, total in enumerate(sums) if total > 0]
     if not present:
         raise ValueError("losses is empty on every rank; give at least one loss.")
-    shares = table[ranks.rank, 3:] / np.where(totals > 0, totals, 1.0)
+    shares = table[ranks.rank, 3:] / np.where(sums > 0, sums, 1.0)
     return Prepared(
         tuple(memory.tasks[place] for place in present),
         [scalars[place] * float(shares[place]) if counts[place] else scalars[place] for place in present],
         parts.of_tasks(present),
         reduction,
         tuple(float(shares[place]) for place in present),
+        tuple(float(sums[place]) for place in present),
     )
 
 

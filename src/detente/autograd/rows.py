@@ -47,6 +47,10 @@ class SummedRows(Rows):
         super().write(task, gradients)
         self.ranks.sum(self.jacobian[task])
 
+    def write_row(self, task: int, row: torch.Tensor) -> None:
+        """The same for gradients that lie in a row [P] already."""
+        self.ranks.sum(self.jacobian[task].copy_(row))
+
 
 class ScatteredRows(Rows):
     """Rows of the whole batch, of which each rank keeps one part of R: T P / R numbers and one row of P."""
@@ -65,6 +69,11 @@ class ScatteredRows(Rows):
     def write(self, task: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take in a task's gradients, add those of the other ranks, keep this rank's part."""
         self.layout.write(self._row[: self.layout.columns], gradients)
+        self.ranks.scatter_sum(self._row, self.jacobian[task])
+
+    def write_row(self, task: int, row: torch.Tensor) -> None:
+        """The same for gradients that lie in a row [P] already."""
+        self._row[: self.layout.columns] = row
         self.ranks.scatter_sum(self._row, self.jacobian[task])
 
     def whole(self, direction: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 :func:`backward` is what a training loop calls (`training_step`); it composes :func:`task_gradients` (`taking`), the
 method, and :func:`apply` (`applying`). :func:`combine` is the mathematics alone, on a matrix (`combining`).
-`recording` turns a step into plain numbers.
+`recording` turns a step into plain numbers; `accumulating` makes one step of several micro-batches.
 """
 
+from detente.step.accumulating import accumulate
 from detente.step.applying import apply, shared_gradients
 from detente.step.combining import combine, with_direction
 from detente.step.recording import record_of, undone_on_failure
@@ -12,6 +13,7 @@ from detente.step.taking import task_gradients
 from detente.step.training_step import backward
 
 __all__ = [
+    "accumulate",
     "apply",
     "backward",
     "combine",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from detente.autograd.accumulation import Accumulation
 from detente.autograd.flat import accumulate, probes
 from detente.autograd.host import to_host
 from detente.autograd.losses import GradientNotFinite, Losses, check_losses, check_own, check_weighted
@@ -26,7 +27,7 @@ from detente.methods.registry import info_of
 from detente.step.applying import Heads, Scale, apply
 from detente.step.recording import record_of, undone_on_failure
 from detente.step.taking import Features, MemoryMode
-from detente.values import GRADIENT_NEEDS, Combination, StepRecord, TaskGradients
+from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
 NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
 # What a method may need and still get by, on several processes, with one part of every gradient on each.
@@ -128,11 +129,28 @@ def backward(
         ranks,
         samples=samples,
         known=method.tasks,
-        check=lambda: check_further(info, where, extra),
+        check=lambda: _check_batches(method, info, where, extra),
     )
     factor = factor_of(scaler, step.losses)
+    accumulation: Accumulation | None = method.__dict__.get("accumulation")
+    if accumulation is not None:
+        accumulation.add(step, workspace, factor, retain_graph=retain_graph, batched=memory == "batched")
+        if accumulation.done < accumulation.parts:
+            known = losses_of_all(step.losses, step.reduction)
+            check_losses(step.names, known)
+            return StepRecord(
+                step.names,
+                tuple(known.tolist()),
+                None,
+                status="accumulating",
+                space="exact",
+                seconds=time.perf_counter() - started,
+            )
     try:
         record = None
+        if accumulation is not None:
+            record = _accumulated(step, method, heads, scale, factor, accumulation, workspace)
+            return replace(record, seconds=time.perf_counter() - started)
         if method.needs_now() & GRADIENT_NEEDS or measure or scale != "native":
             batched = memory == "batched"
             record = _combining(
@@ -186,6 +204,26 @@ def _combining(
     cautious = graph.space != "exact" or heads == "weighted"
     with undone_on_failure(method) if cautious else nullcontext():
         combination = _of_first_rank(method.combine(taken.gradients), step)
+        record = record_of(taken.gradients, combination)
+        apply(taken, combination, heads=heads, scale=scale)
+    return record
+
+
+def _accumulated(
+    step: Prepared,
+    method: Method,
+    heads: Heads,
+    scale: Scale,
+    factor: torch.Tensor | None,
+    accumulation: Accumulation,
+    workspace: Memory,
+) -> StepRecord:
+    """The decision over all micro-batches of a step."""
+    needs = method.needs_now()
+    whole, graph = accumulation.finish(step, workspace, factor, whole=not needs <= _NUMBERS)
+    taken = measure_gradients(whole.names, graph, blocks="blocks" in needs)
+    with undone_on_failure(method):
+        combination = _of_first_rank(method.combine(taken.gradients), whole)
         record = record_of(taken.gradients, combination)
         apply(taken, combination, heads=heads, scale=scale)
     return record
@@ -248,6 +286,32 @@ def _weighting(
         status=combination.status,
         notes=notes,
     )
+
+
+def _check_batches(method: Method, info: MethodInfo, where: Where, extra: Sequence[Losses]) -> None:
+    """See that further batches, or micro-batches, go together with what else was asked for.
+
+    Raises:
+        ValueError: they do not.
+        TypeError: ``extra`` is no sequence of losses.
+    """
+    check_further(info, where, extra)
+    accumulation: Accumulation | None = method.__dict__.get("accumulation")
+    if accumulation is None:
+        return
+    if accumulation.done >= accumulation.parts:
+        raise ValueError(
+            f"accumulate() was told of {accumulation.parts} micro-batches, and this is one more. Open a new context "
+            "for the next step."
+        )
+    option = "features=" if where.features is not None else "solve_on=" if where.solve_on is not None else ""
+    option = option or ("extra=" if extra else "")
+    if option:
+        raise ValueError(
+            f"accumulate() adds up gradients on the parameters, so {option} does not go with it. Leave {option} out, "
+            "or accumulate without the context: call backward() for every micro-batch with losses divided by their "
+            "number."
+        )
 
 
 def factor_of(scaler: Any, losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
