@@ -33,9 +33,10 @@ class Spy(detente.Method):
         self.seen: TaskGradients | None = None
 
     def solve(self, gradients: TaskGradients) -> detente.Combination:
-        assert gradients.jacobian is not None
-        self.seen = replace(gradients, jacobian=gradients.jacobian.clone())
+        kept = None if gradients.jacobian is None else gradients.jacobian.clone()
+        self.seen = replace(gradients, jacobian=kept)
         if self.direction is not None:
+            assert gradients.jacobian is not None
             return detente.Combination(direction=self.direction(gradients.jacobian), status=self.status)
         weights = [1.0] * gradients.tasks if self.weights is None else list(self.weights)
         return detente.Combination(weights=torch.tensor(weights, dtype=torch.float64), status=self.status)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from detente.autograd.blocks import block_gramians
 from detente.autograd.flat import Gradients, Layout, gradients_of, present, seeds_of
+from detente.autograd.gramian import gramian
 from detente.autograd.partition import Memory, Partition
 from detente.autograd.reduction import Reduction
 from detente.autograd.rows import Rows
@@ -46,6 +48,12 @@ class Pass:
     reached: set[torch.Tensor] = field(default_factory=set, kw_only=True)
     factor: torch.Tensor | None = field(default=None, kw_only=True)
 
+    def unscale(self, factor: torch.Tensor) -> None:
+        """Take back what a gradient scaler multiplied the losses by."""
+        assert self.jacobian is not None
+        self.factor = factor
+        self.jacobian.mul_((1 / factor).to(device=self.jacobian.device, dtype=self.jacobian.dtype))
+
     def times_factor(self, values: torch.Tensor) -> torch.Tensor:
         """``values``, to which the scaler's factor belongs once they become gradients of the parameters."""
         if self.factor is None:
@@ -61,6 +69,11 @@ class Pass:
             for tensor, gradient in task
         ]
         return found if self.reduction is None else self.reduction.gradients(self.reduction.own, found)
+
+    def products(self, sizes: Sequence[int] | None) -> torch.Tensor:
+        """Inner products of the task gradients [T, T] in float64; [B, T, T] for blocks of columns of these sizes."""
+        assert self.jacobian is not None
+        return gramian(self.jacobian) if sizes is None else block_gramians(self.jacobian, sizes)
 
     def length(self, direction: torch.Tensor) -> torch.Tensor:
         """Norm of a direction in this pass's space, a float64 scalar on its device."""

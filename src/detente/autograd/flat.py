@@ -63,6 +63,10 @@ class Layout:
                 group, start = [], stop
         return found
 
+    def split_columns(self, jacobian: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[T, ·] views of ``jacobian`` [T, P], one for each tensor."""
+        return torch.split(jacobian, [_width(tensor) for tensor in self.tensors], dim=1)
+
     def split(self, row: torch.Tensor) -> list[torch.Tensor]:
         """Views of ``row`` [P], one in the shape of each tensor (a copy where dtype or device differ)."""
         pieces = torch.split(row, [_width(tensor) for tensor in self.tensors])

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from detente.autograd.blocks import block_gramians, blocks_of
+from detente.autograd.blocks import blocks_of
 from detente.autograd.exact import ExactPass, Pass, exact_pass
 from detente.autograd.flat import Layout, probes
-from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
 from detente.autograd.losses import Losses, check_gradients, check_losses, check_own, named_losses
 from detente.autograd.partition import Memory, Partition
@@ -54,10 +53,9 @@ def measure_gradients(
         ValueError: a loss is not finite; the task is named.
         GradientNotFinite: a gradient is not finite; the task is named.
     """
-    assert graph.jacobian is not None
     values = graph.losses if losses is None else losses
     split = blocks_of(graph.columns) if blocks and graph.columns else None
-    products = gramian(graph.jacobian) if split is None else block_gramians(graph.jacobian, split.sizes)
+    products = graph.products(None if split is None else split.sizes)
     if graph.reduction is None:
         probed = probes(gradient for task in graph.own for _, gradient in task)
         told, seen, probed_on_host = to_host([values, products, probed])

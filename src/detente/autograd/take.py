@@ -8,6 +8,7 @@ import torch
 
 from detente.autograd.exact import Pass, exact_pass, layer_pass
 from detente.autograd.flat import Layout
+from detente.autograd.low import low_pass
 from detente.autograd.partition import Memory, Partition
 from detente.autograd.reduce import Prepared, gather_columns, reached_by
 from detente.autograd.reduction import Reduction
@@ -22,7 +23,7 @@ def take(
     memory: Memory,
     *,
     retain_graph: bool,
-    batched: bool,
+    mode: str,
     activations: bool,
     whole: bool,
     factor: torch.Tensor | None = None,
@@ -34,7 +35,7 @@ def take(
         where: what the caller named.
         memory: of the method.
         retain_graph: keep the graph for another backward.
-        batched: one vectorised backward, in the exact space.
+        mode: in the exact space: ``fast``, ``batched`` (one vectorised backward) or ``low`` (no Jacobian is kept).
         activations: copy the representation for methods that look at it.
         whole: on several processes, let every rank have all of the gradients, and not a part of each.
         factor: of a gradient scaler: the backwards start from the losses times this number, so that half precision
@@ -46,14 +47,12 @@ def take(
         where,
         memory,
         retain_graph=retain_graph,
-        batched=batched,
+        mode=mode,
         activations=activations,
         whole=whole,
     )
     if found is not None and factor is not None:
-        assert found.jacobian is not None
-        found.factor = factor
-        found.jacobian.mul_((1 / factor).to(device=found.jacobian.device, dtype=found.jacobian.dtype))
+        found.unscale(factor)
     return found
 
 
@@ -69,7 +68,7 @@ def _pass(
     memory: Memory,
     *,
     retain_graph: bool,
-    batched: bool,
+    mode: str,
     activations: bool,
     whole: bool,
 ) -> Pass | None:
@@ -86,12 +85,14 @@ def _pass(
         return found
     if not (parts.shared_reached if reduction is None else reduction.anywhere):
         return None
+    if mode == "low" and where.solve_on is None:
+        return low_pass(losses, parts, memory, retain_graph=retain_graph)
     rows = rows_of(parts, where, memory, len(losses), reduction, whole)
     if where.solve_on is not None:
         layer = layer_pass(losses, parts, where.solve_on, rows, retain_graph=retain_graph)
         layer.reduction, layer.reached = reduction, reached_by(parts, losses)
         return layer
-    exact = exact_pass(losses, parts, memory, rows=rows, retain_graph=retain_graph, batched=batched)
+    exact = exact_pass(losses, parts, memory, rows=rows, retain_graph=retain_graph, batched=mode == "batched")
     exact.reduction, exact.partial = reduction, rows.partial
     exact.reached = exact.touched | {tensor for task in exact.own for tensor, _ in task}
     return exact

@@ -41,7 +41,6 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
     """
     if not combination.accepted:
         return
-    assert taken.gradients.jacobian is not None
     weights = combination.weights
     if weights is None and (heads == "weighted" or taken.graph.space == "layer"):
         asked = "heads='weighted'" if heads == "weighted" else "solve_on="
@@ -63,7 +62,9 @@ def shared_gradients(taken: Taken, combination: Combination, *, scale: Scale = "
     """
     weights = combination.weights
     by_weights = weights is not None and combination.direction is None and combination.block_weights is None
-    if by_weights and scale == "native" and combination.status == "ok":
+    if taken.gradients.jacobian is None:
+        shared = _without_rows(taken, combination, scale, by_weights)
+    elif by_weights and scale == "native" and combination.status == "ok":
         assert weights is not None
         shared = taken.graph.shared_by_weights(weights)
     else:
@@ -71,6 +72,27 @@ def shared_gradients(taken: Taken, combination: Combination, *, scale: Scale = "
     if taken.graph.space != "exact":
         check_behind(taken.gradients.names, shared)
     return shared
+
+
+def _without_rows(taken: Taken, combination: Combination, scale: Scale, by_weights: bool) -> Gradients:
+    """Where no task gradients were kept: one weighted backward, brought to the asked length afterwards."""
+    weights = combination.weights
+    if weights is None or not by_weights:
+        raise ValueError(
+            "memory='low' keeps no task gradients, and this method's direction is no weighted sum of them in this "
+            "step. Use memory='fast'."
+        )
+    if combination.status == "stationary":
+        weights = torch.zeros_like(weights)
+    shared = taken.graph.shared_by_weights(weights)
+    if scale == "native" or not shared:
+        return shared
+    lengths = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for _, g in shared])
+    length = torch.linalg.vector_norm(lengths)
+    if taken.graph.factor is not None:
+        length = length / taken.graph.factor.to(length)
+    factor = _length_factor(length, taken.gradients, scale)
+    return [(tensor, gradient * factor.to(gradient)) for tensor, gradient in shared]
 
 
 def _along_direction(taken: Taken, combination: Combination, scale: Scale) -> Gradients:

@@ -16,7 +16,7 @@ from detente.autograd.take import take
 from detente.autograd.where import Where
 
 Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None
-MemoryMode = Literal["fast", "batched"]
+MemoryMode = Literal["fast", "batched", "low"]
 
 
 def task_gradients(
@@ -55,6 +55,10 @@ def task_gradients(
         array([[ 2.,  6.],
                [ 6., 18.]])
     """
+    if memory == "low":
+        raise ValueError(
+            "memory='low' keeps no task gradients; use memory='fast' here, or backward(), which needs none."
+        )
     where = Where.given(features, shared, task_specific, solve_on)
     workspace = Memory() if workspace is None else workspace
     step = prepare(losses, where, workspace, ranks_of(process_group), samples=samples)
@@ -63,7 +67,7 @@ def task_gradients(
         where,
         workspace,
         retain_graph=retain_graph,
-        batched=memory == "batched",
+        mode=memory,
         activations=True,
         whole=True,
     )

@@ -14,9 +14,10 @@ from detente.autograd.accumulation import Accumulation
 from detente.autograd.flat import accumulate, probes
 from detente.autograd.host import to_host
 from detente.autograd.losses import GradientNotFinite, Losses, check_losses, check_own, check_weighted
+from detente.autograd.low import LowPass
 from detente.autograd.measure import check_further, measure_gradients, take_further
 from detente.autograd.partition import Memory, Parameters
-from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
 from detente.autograd.reduce import Prepared, Samples, losses_of_all, prepare, reached_by
 from detente.autograd.representation import Roles
 from detente.autograd.take import multiplied, take
@@ -29,6 +30,7 @@ from detente.step.recording import record_of, undone_on_failure
 from detente.step.taking import Features, MemoryMode
 from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
+LOW = "memory='low': task gradients were taken in {} segments and not kept"
 NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
 # What a method may need and still get by, on several processes, with one part of every gradient on each.
 _NUMBERS = frozenset({"losses", "gramian", "epoch", "after_step"})
@@ -77,8 +79,11 @@ def backward(
             weight. None is ``own`` for methods that combine gradients and ``weighted`` for weightings of losses.
         scale: length of the shared direction in the space where the problem is solved: ``native``, or that of the
             ``sum`` or ``mean`` gradient, or ``unit``. Own parameters are not scaled; zero stays zero.
-        memory: ``fast``: one backward per task; ``batched``: one vectorised backward (every task walks all heads).
-            With ``features`` or ``solve_on`` both are the same.
+        memory: ``fast``: one backward per task; ``batched``: one vectorised backward (every task walks all heads);
+            ``low``: the same Gramian without keeping T gradients: the graph is walked in segments, and one weighted
+            backward follows (T + 1 backwards; beside the graph T times the largest parameter, and the gradients that
+            wait between two segments). Then only methods that give weights from inner products or losses, on one
+            process. With ``features`` or ``solve_on`` all are the same.
         measure: take task gradients for the record also for methods that do not need them.
         extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
             of them, or none (this batch then stands for all). They only inform the method.
@@ -129,7 +134,7 @@ def backward(
         ranks,
         samples=samples,
         known=method.tasks,
-        check=lambda: _check_batches(method, info, where, extra),
+        check=lambda: _check_together(method, info, where, extra, memory, ranks),
     )
     factor = factor_of(scaler, step.losses)
     accumulation: Accumulation | None = method.__dict__.get("accumulation")
@@ -152,9 +157,8 @@ def backward(
             record = _accumulated(step, method, heads, scale, factor, accumulation, workspace)
             return replace(record, seconds=time.perf_counter() - started)
         if method.needs_now() & GRADIENT_NEEDS or measure or scale != "native":
-            batched = memory == "batched"
             record = _combining(
-                step, method, where, heads, scale, factor, extra, workspace, retain_graph, batched
+                step, method, where, heads, scale, factor, extra, workspace, retain_graph, memory
             )
         if record is None:
             record = _weighting(step, method, heads, factor, retain_graph)
@@ -175,7 +179,7 @@ def _combining(
     extra: Sequence[Losses],
     workspace: Memory,
     retain_graph: bool,
-    batched: bool,
+    memory: MemoryMode,
 ) -> StepRecord | None:
     """A step by task gradients; None if nothing is shared."""
     needs = method.needs_now()
@@ -185,7 +189,7 @@ def _combining(
         where,
         workspace,
         retain_graph=retain_graph,
-        batched=batched,
+        mode=memory,
         activations="activations" in needs,
         # Where a method asks for more than numbers about the gradients, parts of them will not do.
         whole=not needs <= _NUMBERS,
@@ -201,10 +205,12 @@ def _combining(
         taken = replace(taken, gradients=replace(taken.gradients, extra=further))
     # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
     # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
-    cautious = graph.space != "exact" or heads == "weighted"
+    cautious = graph.space != "exact" or heads == "weighted" or graph.jacobian is None
     with undone_on_failure(method) if cautious else nullcontext():
         combination = _of_first_rank(method.combine(taken.gradients), step)
         record = record_of(taken.gradients, combination)
+        if isinstance(graph, LowPass):
+            record = replace(record, notes=(*record.notes, LOW.format(graph.segments)))
         apply(taken, combination, heads=heads, scale=scale)
     return record
 
@@ -288,8 +294,15 @@ def _weighting(
     )
 
 
-def _check_batches(method: Method, info: MethodInfo, where: Where, extra: Sequence[Losses]) -> None:
-    """See that further batches, or micro-batches, go together with what else was asked for.
+def _check_together(
+    method: Method,
+    info: MethodInfo,
+    where: Where,
+    extra: Sequence[Losses],
+    memory: MemoryMode,
+    ranks: Ranks | None,
+) -> None:
+    """See that further batches, micro-batches and low memory go together with what else was asked for.
 
     Raises:
         ValueError: they do not.
@@ -297,6 +310,19 @@ def _check_batches(method: Method, info: MethodInfo, where: Where, extra: Sequen
     """
     check_further(info, where, extra)
     accumulation: Accumulation | None = method.__dict__.get("accumulation")
+    if memory == "low" and where.features is None and where.solve_on is None:
+        others = method.needs_now() & GRADIENT_NEEDS - {"gramian"}
+        reason = ""
+        if others:
+            reason = f"{info.name} looks at more than the Gramian ({', '.join(sorted(others))})"
+        elif extra:
+            reason = "gradients of further batches are compared with those of this one"
+        elif accumulation is not None:
+            reason = "accumulate() keeps a sum of every task's gradients"
+        elif ranks is not None:
+            reason = "several processes share the rows among them (T P / R numbers on each of R)"
+        if reason:
+            raise ValueError(f"memory='low' does not go with this step: {reason}. Use memory='fast'.")
     if accumulation is None:
         return
     if accumulation.done >= accumulation.parts:
@@ -359,7 +385,7 @@ def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
     if heads is not None:
         one_of("heads", heads, ("own", "weighted"))
     one_of("scale", scale, ("native", "sum", "mean", "unit"))
-    one_of("memory", memory, ("fast", "batched"))
+    one_of("memory", memory, ("fast", "batched", "low"))
 
 
 def _of_first_rank(combination: Combination, step: Prepared) -> Combination:
