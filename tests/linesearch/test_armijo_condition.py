@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detente.linesearch.armijo import ascends, repeats, rounding_tolerance, sufficient_decrease
+from detente.linesearch.armijo import (
+    ascends,
+    repeats,
+    rounding_tolerance,
+    slope_tolerance,
+    sufficient_decrease,
+)
 
 
 @given(
@@ -63,6 +69,16 @@ def test_tolerance_follows_dtype_and_size() -> None:
 def test_a_task_that_does_not_move_is_not_held_against_the_direction() -> None:
     slopes, moved = np.array([0.0, 0.0, -1e-9, np.nan]), np.array([False, True, True, True])
     assert ascends(slopes, moved).tolist() == [False, True, True, True]
+
+
+def test_a_slope_that_is_zero_up_to_rounding_does_not_fall() -> None:
+    """Of 8 · 2 · 2⁻⁵² (‖g_i‖ ‖d‖ + |own_i|), whatever the sign it came out with."""
+    unit = 16 * 2.0**-52
+    tolerance = slope_tolerance(np.array([3.0, 4.0]), 0.5, np.array([0.0, -1.0]))
+    np.testing.assert_array_equal(tolerance, [1.5 * unit, 3 * unit])
+    moved = np.array([True, True])
+    for factor, expected in ((0.9, True), (-0.9, True), (1.1, False)):
+        assert ascends(factor * tolerance, moved, tolerance).tolist() == [expected, expected]
 
 
 def test_repeats_tells_rounding_from_another_batch() -> None:

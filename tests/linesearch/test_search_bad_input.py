@@ -188,3 +188,134 @@ def test_generators_of_parameters_serve_every_step(net: Any, batch: Any) -> None
         # A bias before batch norm has no gradient to speak of; everything else moves.
         moved = sum(not a.equal(b) for a, b in zip(before, net.parameters(), strict=True))
         assert moved >= 10
+
+
+def linear() -> tuple[nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1), torch.randn(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        (lambda losses: [loss.item() for loss in losses], "task '0' .* and then as a value of type float"),
+        (lambda losses: [loss.expand(3) for loss in losses], r"task '0' .* as a tensor of shape \(3,\)"),
+        (lambda losses: [losses[0], None], "task '1' .* and then as None"),
+        (lambda losses: None, "tasks 0, 1 at first and then a NoneType"),
+        (torch.stack, "tasks 0, 1 at first and then a Tensor for all"),
+    ],
+)
+def test_losses_of_another_kind_in_a_later_pass(later: Any, message: str) -> None:
+    layer, x = linear()
+    passes: list[Any] = []
+
+    def closure(features: Any = None) -> Any:
+        passes.append(features)
+        losses = [layer(x).square().mean(), (layer(x) - 1).square().mean()]
+        return None, losses if len(passes) == 1 else later(losses)
+
+    before = layer.weight.detach().clone()
+    with pytest.raises(ClosureChanged, match=message):
+        Backtracking(detente.create("mgda"), layer, [], 0.1).step(closure)
+    assert before.equal(layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("extra", "error", "message"),
+    [
+        (torch.ones(8, 1), ValueError, r"features\[1\] \(shape \(8, 1\), torch.float32\) carries no graph"),
+        (
+            torch.arange(8),
+            ValueError,
+            r"features\[1\] \(shape \(8,\), torch.int64\).*masks, indices and sizes",
+        ),
+        ([torch.ones(1)], TypeError, r"flat sequence or mapping.*a value of type list for features\[1\]"),
+        (None, TypeError, r"got None for features\[1\]"),
+    ],
+)
+def test_what_is_no_representation_is_named(
+    extra: Any, error: Any, message: str, net: Any, batch: Any
+) -> None:
+    def closure(features: Any = None) -> Any:
+        z, other = (net.encoder(batch(0)), extra) if features is None else features
+        return (z, other), net.losses(z, batch(0))
+
+    with pytest.raises(error, match=message):
+        FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1).step(closure)
+
+
+def test_a_detached_representation_is_named(net: Any, batch: Any) -> None:
+    def closure(features: Any = None) -> Any:
+        z = net.encoder(batch(0)) if features is None else features
+        return {"z": z.detach()}, net.losses(z, batch(0))
+
+    with pytest.raises(
+        ValueError, match=r"features\['z'\] .*not detached.*frozen or ran under torch.no_grad"
+    ):
+        FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1).step(closure)
+
+
+def test_a_closure_that_takes_features_by_name_only(net: Any, batch: Any) -> None:
+    inner = net.closure(batch(0))
+
+    def closure(*, features: Any = None) -> Any:
+        return inner(features)
+
+    with pytest.raises(TypeError, match=r"write def closure\(features=None\)"):
+        FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1).step(closure)
+    assert Backtracking(detente.create("mgda"), net.encoder, net.heads, 0.1).step(closure).accepted
+
+    def wrong(features: Any = None) -> Any:
+        return inner() if features is None else inner(features, "too many")
+
+    with pytest.raises(TypeError, match="takes from 0 to 1 positional arguments but 2"):
+        FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1).step(wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_that_differentiates_inside_is_told_how(kind: Any) -> None:
+    """A network whose loss holds a derivative of its output, as for differential equations."""
+    torch.manual_seed(0)
+    trunk, heads = (
+        nn.Sequential(nn.Linear(1, 8), nn.Tanh()),
+        nn.ModuleList([nn.Linear(8, 1), nn.Linear(8, 1)]),
+    )
+    times = torch.linspace(0, 1, 9)[:, None]
+
+    def losses(z: torch.Tensor) -> list[torch.Tensor]:
+        y = heads[0](z)
+        (slope,) = torch.autograd.grad(y.sum(), z, create_graph=True)
+        return [(slope.sum(1, keepdim=True) + y).square().mean(), (heads[1](z) - 1).square().mean()]
+
+    def closure(features: Any = None) -> Any:
+        z = trunk(times) if features is None else features
+        return z, losses(z)
+
+    def heeding(features: Any = None) -> Any:
+        with torch.enable_grad():
+            z = trunk(times) if features is None else features.requires_grad_()
+            return z, losses(z)
+
+    before = [parameter.detach().clone() for parameter in trunk.parameters()]
+    with pytest.raises(
+        RuntimeError, match=r"does not require grad.*differentiates inside.*torch.enable_grad\(\)"
+    ):
+        kind(detente.create("mgda"), trunk, heads, 0.1).step(closure)
+    assert all(map(torch.equal, before, trunk.parameters()))
+    assert kind(detente.create("mgda"), trunk, heads, 0.1).step(heeding).accepted
+
+    def other(features: Any = None) -> Any:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("something else")
+        return closure(features)
+
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        kind(detente.create("mgda"), trunk, heads, 0.1).step(other)
+
+
+def test_tied_modules_are_told_how() -> None:
+    embedding, output = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+    output.weight = embedding.weight
+    with pytest.raises(ValueError, match=r"a parameter of shape \(4, 4\) is named in .*tied weights"):
+        Backtracking(detente.create("mgda"), embedding, {"a": output}, 0.1)
+    Backtracking(detente.create("mgda"), embedding, {"a": [output.bias]}, 0.1)

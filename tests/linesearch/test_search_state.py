@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections import Counter
 from copy import deepcopy
+from itertools import count
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from torch import nn
 import detente
 import detente.autograd.host
 from detente.linesearch import Backtracking, FastBacktracking, SearchRecord
+from detente.methods import Method
+from detente.values import Combination
 
 KINDS = [Backtracking, FastBacktracking]
 
@@ -64,6 +66,7 @@ def test_resuming_is_not_stopping(
     for parameter in other.parameters():
         parameter.data.normal_()
     again = made(other)
+    again.lr_ub = 7.0
     other.load_state_dict(saved["net"])
     again.load_state_dict(saved["search"])
     torch.set_rng_state(saved["random"])
@@ -71,6 +74,8 @@ def test_resuming_is_not_stopping(
     assert torch.get_rng_state().equal(end)
     for (name, mine), theirs in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
         assert mine.equal(theirs), name
+    if "lower_ub" in options:
+        assert search.lowered > 0
     first, second = search.state_dict(), again.state_dict()
     assert (first["lr_ub"], first["counters"]) == (second["lr_ub"], second["counters"])
 
@@ -98,9 +103,40 @@ def test_a_state_that_does_not_fit_changes_nothing(net: Any, batch: Any) -> None
             search.load_state_dict(state)
         after = search.state_dict()
         assert (before["lr_ub"], before["counters"]) == (after["lr_ub"], after["counters"])
+    for damaged in (None, 3, [], {}, {"lr_ub": 1.0, "counters": None, "method": {}, "moments": None}):
+        for search in (plain, adam, fast):
+            with pytest.raises(ValueError, match="not the state of a"):
+                search.load_state_dict(damaged)
+    for moments in (3, {}, {"kind": "adam"}, {"kind": "adam", "states": {0: {}}}):
+        with pytest.raises(ValueError, match=r"saved (moments|search has precondition)"):
+            adam.load_state_dict(adam.state_dict() | {"moments": moments})
     smaller = Backtracking(detente.create("mgda"), net.encoder[0].weight, [], 0.1, precondition="adam")
     with pytest.raises(ValueError, match="moments of parameter"):
         smaller.load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("saved", ["moco", None])
+def test_another_methods_state_changes_nothing(saved: Any, sized: bool, net: Any, batch: Any) -> None:
+    def made(name: str, lr_ub: float) -> Any:
+        options: dict[str, Any] = {"on_no_descent": "small-step", "small_step": 1e-3}
+        return Backtracking(detente.create(name), net.encoder, net.heads, lr_ub, **options)
+
+    search, other = made("dwa", 0.7), made("moco", 0.1)
+    other.step(net.closure(batch(0)))
+    if sized:
+        search.step(net.closure(batch(0)))
+    before = deepcopy(search.state_dict())
+    state = other.state_dict() if saved else search.state_dict() | {"method": None}
+    with pytest.raises(ValueError, match="the method's part of the saved search does not fit dwa"):
+        search.load_state_dict(state)
+    after = search.state_dict()
+    assert (before["lr_ub"], before["counters"]) == (after["lr_ub"], after["counters"])
+    assert before["method"].keys() == after["method"].keys()
+    for name, value in before["method"].items():
+        same = value.equal(after["method"][name]) if isinstance(value, torch.Tensor) else True
+        assert same, name
+    assert search.step(net.closure(batch(1))).accepted
 
 
 @pytest.mark.parametrize(
@@ -189,9 +225,87 @@ def test_the_first_length_lowers_itself_after_divided_searches() -> None:
         found.append(search.step(closure))
     assert [record.lr_ub for record in found] == [8, 8, 4, 4, 2, 2, 1, 1]
     assert [record.trials for record in found] == [4, 4, 3, 3, 2, 2, 1, 1]
-    assert search.lr_ub == 1.0
+    assert (search.lr_ub, search.lowered, search.first_length) == (8.0, 3, 1.0)
     assert [len(record.notes) for record in found] == [0, 1, 0, 1, 0, 1, 0, 0]
-    assert "lr_ub lowered to 4 after 2 searches in a row" in found[1].notes
+    assert "first length lowered to 4 after 2 searches in a row" in found[1].notes
+
+
+def test_a_schedule_and_the_lowering_multiply() -> None:
+    """Below 2 nothing is divided: from 8 after three divisions, and the schedule halves what is left."""
+    theta, closure = parabola(1.0)
+    search = Backtracking(detente.create("uniform"), [theta], [], 8.0, lower_ub="divided", patience=1)
+
+    def epoch(number: int) -> list[float]:
+        search.lr_ub = 8.0 * 0.5**number
+        found = []
+        for _ in range(4):
+            with torch.no_grad():
+                theta.fill_(1.0)
+            found.append(search.step(closure).lr_ub)
+        return found
+
+    assert [epoch(number) for number in range(3)] == [[8, 4, 2, 1], [0.5] * 4, [0.25] * 4]
+    search.lowered = 0
+    assert epoch(1) == [4, 2, 1, 1]
+
+
+def test_a_length_that_cannot_be_lowered_stays() -> None:
+    """10⁻³²³ is the second smallest number; half of the smallest is zero."""
+    theta, passes = nn.Parameter(torch.tensor(1.0, dtype=torch.float64)), count()
+
+    def closure(
+        features: Any = None,
+    ) -> Any:  # first pass, trial (worse), and the look at whether the batch changed
+        return None, [theta**2 / 2 * (1.5 if next(passes) % 3 == 1 else 1.0)]
+
+    options: dict[str, Any] = {"lower_ub": "cap", "patience": 1, "max_trials": 1, "check_steps": 0}
+    search = Backtracking(detente.create("uniform"), [theta], [], 1e-323, **options)
+    found = [search.step(closure) for _ in range(3)]
+    assert [record.status for record in found] == ["capped"] * 3
+    assert (search.steps, search.capped, search.lowered, search.first_length) == (3, 3, 1, 5e-324)
+    assert found[2].notes == ("the first length, 4.94066e-324, cannot be lowered any further",)
+    search.lowered = 5000  # 2 ** 5000 is no number either
+    with pytest.raises(ValueError, match=r"divided by gamma 5000 times.*search.lowered = 0"):
+        search.step(closure)
+    assert (search.steps, search.capped, search.lowered) == (3, 3, 5000)
+
+
+@pytest.mark.parametrize("between", ["refused", "small-step"])
+def test_a_row_is_neither_broken_nor_lengthened_by_steps_that_were_not_searched(between: str) -> None:
+    theta, closure = parabola(1.0)
+    method = Fickle()
+    search = Backtracking(
+        method,
+        [theta],
+        [],
+        4.0,
+        lower_ub="divided",
+        patience=2,
+        on_no_descent="small-step",
+        small_step=1e-3,
+    )
+    rows = []
+    for kind in ("ok", between, "ok"):
+        method.kind = kind
+        with torch.no_grad():
+            theta.fill_(1.0)
+        record = search.step(closure)
+        assert record.status == ("accepted" if kind == "ok" else kind)
+        rows.append(search.in_a_row)
+    assert rows == [1, 1, 0]
+    assert search.lowered == 1
+
+
+class Fickle(Method):
+    """Down the hill, up the hill, or not at all, as the test says."""
+
+    declares = detente.Declaration(name="fickle", source="this test", needs=frozenset({"gramian"}))
+    kind = "ok"
+
+    def solve(self, gradients: Any) -> Combination:
+        weights = torch.full((gradients.tasks,), -1.0 if self.kind == "small-step" else 1.0)
+        status: Any = "refused" if self.kind == "refused" else "ok"
+        return Combination(weights=weights.double(), status=status)
 
 
 def test_the_first_length_lowers_itself_after_capped_searches() -> None:
@@ -206,7 +320,7 @@ def test_the_first_length_lowers_itself_after_capped_searches() -> None:
         statuses.append(search.step(closure).status)
     # 16, 8 and 8, 4 and 4, 2: all too long; 2, 1 is taken.
     assert statuses == ["capped", "capped", "capped", "accepted"]
-    assert (search.lr_ub, search.capped) == (2.0, 3)
+    assert (search.first_length, search.capped) == (2.0, 3)
 
 
 def test_a_row_is_broken_by_a_search_that_needed_nothing() -> None:
@@ -217,7 +331,7 @@ def test_a_row_is_broken_by_a_search_that_needed_nothing() -> None:
         with torch.no_grad():
             theta.fill_(1.0)
         assert search.step(closure).notes == ()
-    assert search.lr_ub == 3.0
+    assert (search.lowered, search.first_length) == (0, 3.0)
 
 
 def test_record_is_plain(net: Any, batch: Any) -> None:
@@ -269,4 +383,3 @@ def test_one_copy_to_the_host_for_every_pass(
     found = search.step(net.closure(batch(0)))
     assert found.trials >= 1
     assert calls == {"cpu": 1 + found.trials + extra}
-    assert "detente.linesearch.search" in sys.modules

@@ -87,6 +87,7 @@ def slow_adaptive(
             weights = (weights / weights.sum())[:, None]
             distances = values - (weights[:, :, None] * values).sum(axis=0)
             noise = (weights * (distances**2).sum(axis=2)).sum(axis=0)
+            noise = noise if decay is None else noise / (1 - (weights**2).sum())
             bounds = np.sqrt(scale * noise) if squared else scale * np.sqrt(noise)
         q = detente.combine("mgda", matrix).direction
         assert q is not None
@@ -130,10 +131,14 @@ def test_the_first_epoch_accepts_everything() -> None:
     first = detente.combine(guard, conflict)
     assert first.status == "ok" and guard.estimates == {}
     assert first.notes == (
-        "adaptive(uniform): no epoch has ended (end_epoch() or epoch_steps= ends one): every step is accepted",
+        "adaptive(uniform): no epoch with two gradients of a task has ended (end_epoch() or epoch_steps= ends one): "
+        "every step is accepted",
     )
     guard.end_epoch()
-    assert guard.estimates == {"0": 0.0, "1": 0.0}  # one batch: no spread
+    assert guard.estimates == {}  # one gradient says nothing of the noise
+    assert statuses(guard, [conflict, conflict]) == ["ok", "ok"]
+    guard.end_epoch()
+    assert guard.estimates == {"0": 0.0, "1": 0.0}
     assert detente.combine(guard, conflict).status == "refused"
 
 
@@ -141,7 +146,7 @@ def test_without_ends_of_epochs_nothing_is_refused() -> None:
     method = detente.create("adaptive-mgda", scale=1e6)
     for seed in range(30):
         outcome = detente.combine(method, drawn(seed))
-        assert outcome.accepted and "no epoch has ended" in outcome.notes[0]
+        assert outcome.accepted and "no epoch with two gradients of a task has ended" in outcome.notes[0]
 
 
 def test_running_statistics_need_no_epochs() -> None:
@@ -168,12 +173,74 @@ def test_absent_tasks_keep_their_statistics_and_new_ones_wait_an_epoch() -> None
         named(method, {"left": (left,)})
     named(method, {"left": (7.0,), "middle": (1e-3,)})
     method.end_epoch()
-    assert method.estimates == pytest.approx({"left": 2 / 3, "right": 100.0, "middle": 0.0})
-    # The new task is tested from now on, with its own bound of zero; right still has the old one.
-    assert named(method, {"left": (9.0,), "middle": (9.0,)}).accepted
+    assert method.estimates == pytest.approx({"left": 2 / 3, "right": 100.0})
+    # One gradient of the new task says nothing of its noise; right still has the old bound.
+    outcome = named(method, {"left": (9.0,), "middle": (9.0,)})
+    assert outcome.accepted and outcome.notes[0].endswith("middle none yet")
     assert not named(method, {"left": (9.0,), "right": (9.0,)}).accepted
-    outcome = named(method, {"left": (9.0,), "fourth": (9.0,)})
-    assert outcome.accepted and outcome.notes[0].endswith("fourth none yet")
+    named(method, {"left": (9.0,), "middle": (12.0,)})
+    method.end_epoch()
+    assert method.estimates == pytest.approx({"left": 0.0, "right": 100.0, "middle": 2.25})
+
+
+def test_a_single_gradient_in_an_epoch_leaves_the_estimate() -> None:
+    method = detente.create("adaptive-mgda", scale=1.0)
+    for left, right in ((1.0, 10.0), (3.0, 30.0)):
+        named(method, {"left": (left,), "right": (right,)})
+    method.end_epoch()
+    for rows in ({"left": (1.0,)}, {"left": (3.0,)}, {"left": (2.0,), "right": (5.0,)}):
+        named(method, rows)
+    method.end_epoch()
+    assert method.estimates == pytest.approx({"left": 2 / 3, "right": 100.0})
+    for right in (6.0, 8.0):  # the next epoch starts anew all the same
+        named(method, {"right": (right,)})
+    ended(method)
+    assert method.estimates == pytest.approx({"left": 2 / 3, "right": 1.0})
+
+
+def test_a_task_named_beforehand_and_absent_all_epoch_has_no_estimate() -> None:
+    method = detente.create("adaptive-mgda", tasks=["left", "right"], scale=1.0)
+    for left in (1.0, 3.0):
+        named(method, {"left": (left,)})
+    method.end_epoch()
+    assert method.estimates == {"left": 1.0}
+    outcome = named(method, {"left": (9.0,), "right": (9.0,)})
+    assert outcome.accepted and outcome.notes[0].endswith("left 1, right none yet")
+
+
+def test_the_running_estimate_is_that_of_independent_gradients() -> None:
+    """By hand, with β = ½: weights 1/3 and 2/3, mean 2, mean squared distance 2, and 1 - Σ w² = 4/9."""
+    method = detente.create("adaptive-mgda", statistics="running", decay=0.5)
+    statuses(method, [torch.tensor([[0.0]], dtype=torch.float64), torch.tensor([[3.0]], dtype=torch.float64)])
+    assert method.estimates["0"] == pytest.approx(4.5, rel=1e-14)  # (0 - 3)² / 2, as for two plain samples
+    # Then weights 1/7, 2/7, 4/7 of 0, 3, 7: mean 34/7, Σ w g² - mean² = 214/7 - (34/7)², and 1 - Σ w² = 4/7.
+    statuses(method, [torch.tensor([[7.0]], dtype=torch.float64)])
+    assert method.estimates["0"] == pytest.approx((214 / 7 - (34 / 7) ** 2) / (4 / 7), rel=1e-14)
+    generator = torch.Generator().manual_seed(0)
+    for decay in (0.5, 0.9):
+        method = detente.create("adaptive-mgda", statistics="running", decay=decay)
+        found = []
+        for _ in range(600):
+            detente.combine(method, torch.randn(1, 100, generator=generator, dtype=torch.float64))
+            found.append(method.estimates.get("0", 0.0))
+        assert np.mean(found[1:3]) == pytest.approx(100, rel=0.2)
+        assert np.mean(found[100:]) == pytest.approx(100, rel=0.02)
+
+
+@pytest.mark.parametrize("statistics", ["epoch", "running"])
+def test_a_model_in_bfloat16_takes_the_statistics_to_its_device_only(statistics: str) -> None:
+    def run(cast: bool) -> list[float]:
+        method = detente.create("adaptive-mgda", statistics=statistics, epoch_steps=3)
+        model = torch.nn.ModuleDict({"method": method, "layer": torch.nn.Linear(2, 2)})
+        for seed in range(7):
+            detente.combine(method, drawn(seed, 2))
+            if cast:
+                model.to(torch.bfloat16)
+        assert method.variance.dtype == torch.float64 and method.samples.dtype == torch.int64
+        assert model["layer"].weight.dtype == (torch.bfloat16 if cast else torch.float32)  # type: ignore[union-attr]
+        return list(method.estimates.values())
+
+    assert run(True) == run(False)
 
 
 def test_gradients_of_refused_steps_count() -> None:
@@ -273,7 +340,7 @@ def test_saved_in_the_middle_of_an_epoch_it_resumes_bit_for_bit(make: Callable[[
             losses = model(step % 7)[1]
             if step % 5 == 3:
                 del losses["right"]
-            record = detente.backward(losses, method)
+            record = detente.backward(losses, method, shared=model.shared())
             story.append((record.status, record.weights, record.losses, record.notes))
             if record.accepted:
                 optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from twins.guards import NAMES, Model, drawn, ended, named, statuses
 
 import detente
+from detente.methods.guard import shortfalls
 from detente.methods.registry import info_of
 from detente.methods.wrappers import Adaptive, EarlyTerminationWarning, Every, Inexact, PerBlock
 
@@ -120,6 +122,39 @@ def test_a_direction_of_zero_is_accepted() -> None:
     assert method.refused_share == 0.0
 
 
+def test_a_direction_that_cancels_up_to_float32_counts_as_zero_and_a_longer_one_does_not() -> None:
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(2 + seed % 3, 50, generator=generator) * 10.0 ** (seed % 7 - 3)
+        rows = torch.cat([rows, -rows.sum(0, keepdim=True)])
+        assert detente.combine(Inexact(detente.create("uniform"), epsilon=1.0), rows).status == "ok"
+    # ‖q‖ beside ‖g_1‖ + ‖g_2‖ = 2, in units of float32's machine epsilon
+    for left, accepted in ((3.9, True), (4.1, False)):
+        rest = 2 * left * 2.0**-23
+        rows = torch.tensor([[1.0, rest], [-1.0, 0.0]], dtype=torch.float64)
+        for scale in (1e-9, 1.0, 1e9):
+            guard = Inexact(detente.create("uniform"), epsilon=scale)
+            assert detente.combine(guard, scale * rows).accepted is accepted
+        b = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        a = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        guard = Inexact(PerBlock(detente.create("uniform"), by="tensor"), epsilon=1.0)
+        record = detente.backward([row @ a + row @ b for row in rows], guard)  # each √2 as long
+        assert record.accepted is accepted
+
+
+def test_rounding_of_an_inner_product_is_measured_by_the_lengths_of_what_was_summed() -> None:
+    for part, lacking in ((0.9, False), (1.1, True), (1e3, True)):
+        short = (
+            part * 1e-12 * (1 + math.sqrt(2))
+        )  # q = g_1 + g_2 with lengths 1 and √2, ‖q‖ = 1, <q, g_1> = -short
+        gramian = np.array([[1.0, -1.0 - short], [-1.0 - short, 2.0]])
+        found = shortfalls(gramian[None], np.ones((1, 2)), np.zeros(2))
+        assert (found[0] > 0) == lacking and found[1] == 0, part
+    # Weights of both signs must not cancel in the measure: <q, g_1> = -1e-13 of terms of length 1, and ‖q‖ = 1e-3.
+    gramian = np.array([[1.0, 1.0 + 1e-13, 0.0], [1.0 + 1e-13, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    assert not shortfalls(gramian[None], np.array([[1.0, -1.0, 1e-3]]), np.array([0.0, np.nan, 0.0])).any()
+
+
 def test_what_the_wrapped_method_refuses_stays_refused_and_counts() -> None:
     guard = Inexact(detente.create("nash-mtl"))
     outcome = detente.combine(guard, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
@@ -195,8 +230,19 @@ def test_bad_bounds_name_the_task_and_change_nothing() -> None:
         with pytest.raises(ValueError, match="epsilon of task '1'"):
             detente.create("inexact-mgda", epsilon=[1.0, bad])
     for text in ("0.1", {"left": "much"}, ["much"]):
-        with pytest.raises((TypeError, ValueError), match=r"0\.1|much"):
+        with pytest.raises(TypeError, match=r"epsilon.* is '(0\.1|much)'"):
             detente.create("inexact-mgda", epsilon=text)
+    odd = (None, True, np.True_, 1 + 0j, (x for x in (0.1, 0.2)), {0.1}, torch.ones(1, 1), np.ones((2, 2)))
+    for value in odd:
+        with pytest.raises(TypeError, match="option epsilon is"):
+            detente.create("inexact-mgda", epsilon=value)
+    for inside in (None, True, 1j, [0.1]):
+        with pytest.raises(TypeError, match="epsilon of task 'right' is"):
+            detente.create("inexact-mgda", epsilon={"left": 1.0, "right": inside})
+        with pytest.raises(TypeError, match="epsilon of task '1' is"):
+            detente.create("inexact-mgda", epsilon=[1.0, inside])
+    for fine in (torch.tensor(0.5), np.float32(0.5), torch.tensor([0.5, 0.5]), (0.5, np.int64(1))):
+        detente.create("inexact-mgda", epsilon=fine)
     with pytest.raises(ValueError, match="epsilon names no value for task 'right'"):
         detente.create("inexact-mgda", tasks=["left", "right"], epsilon={"left": 1.0})
     method = detente.create("inexact-mgda", epsilon=[0.0, 0.0])
@@ -257,6 +303,19 @@ def test_only_the_shared_part_refused_lets_the_heads_move(space: str, heads: str
     assert method.refused_share == 1.0
 
 
+def test_nothing_is_left_of_the_altered_gradients_where_the_shared_part_is_refused() -> None:
+    matrix = torch.tensor([[1.0, 0.0], [-0.5, 1.0]])
+    assert detente.combine("pcgrad", matrix).transform is not None
+    for refuse in ("all", "shared"):
+        guard = Inexact(detente.create("pcgrad"), epsilon=1e6, refuse=refuse)  # type: ignore[arg-type]
+        outcome = detente.combine(guard, matrix)
+        assert (outcome.transform is None) == (refuse == "shared")
+        assert outcome.weights is not None and outcome.status == (
+            "refused" if refuse == "all" else "stationary"
+        )
+    assert detente.combine(Inexact(detente.create("pcgrad"), refuse="shared"), matrix).transform is not None
+
+
 # ---- counts and the warning
 
 
@@ -292,6 +351,54 @@ def test_epoch_steps_closes_the_count_by_itself() -> None:
     with pytest.warns(EarlyTerminationWarning, match="refused 4 of 4"):
         detente.combine(method, short)
     assert method.last_refused_share == 1.0
+
+
+def test_as_an_error_the_warning_undoes_its_step_and_comes_once_in_an_epoch() -> None:
+    short, long = torch.eye(2), 10 * torch.eye(2)
+    guard = Adaptive(Inexact(detente.create("mgda"), epsilon=2.0, epoch_steps=2))
+    inner = guard.method
+    assert isinstance(inner, Inexact)
+
+    def raises(matrix: torch.Tensor) -> None:
+        before = {name: buffer.clone() for name, buffer in guard.named_buffers()}
+        with pytest.raises(EarlyTerminationWarning, match="refused 2 of 2"):
+            detente.combine(guard, matrix)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in guard.named_buffers())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            detente.combine(guard, short)
+            raises(short)
+            detente.combine(guard, short)
+            assert (inner.last_refused_share, inner.refused_share) == (1.0, None)
+        # The step that is taken instead may end the epoch well; the next epoch has a warning of its own.
+        detente.combine(guard, short)
+        raises(short)
+        detente.combine(guard, long)
+        assert inner.last_refused_share == 0.5
+        detente.combine(guard, short)
+        raises(short)
+
+
+def test_as_an_error_the_warning_of_end_epoch_leaves_every_epoch_closed() -> None:
+    guard = Inexact(Inexact(detente.create("mgda"), epsilon=2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            detente.combine(guard, torch.eye(2))
+            with pytest.raises(EarlyTerminationWarning):
+                guard.end_epoch()
+            assert guard.last_refused_share == guard.method.last_refused_share == 1.0
+            assert guard.refused_share is None and guard.method.refused_share is None
+
+
+def test_an_epoch_record_holds_what_the_wrapped_method_has_to_say() -> None:
+    guard = Inexact(Adaptive(detente.create("mgda")), epsilon=2.0)
+    statuses(guard, [torch.eye(2), 2 * torch.eye(2)])
+    ended(guard)
+    assert guard.epoch_record() == {"refused_share": 1.0, "epsilon_squared": {"0": 0.25, "1": 0.25}}
+    assert guard.method.epoch_record()["refused_share"] == 0.0
 
 
 def test_the_wrapped_method_hears_of_epochs_and_losses() -> None:

@@ -131,6 +131,48 @@ def test_the_order_of_the_saved_tasks_counts() -> None:
     assert other.tasks == ("a", "b") and other.count.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda names, by: detente.create("inexact-mgda", tasks=names, epsilon=by),
+        lambda names, by: detente.create("static", tasks=names, weights=by),
+        lambda names, by: detente.create("aligned-mtl", tasks=names, preference=by),
+        lambda names, by: detente.wrap("smooth", detente.create("aligned-mtl", tasks=names, preference=by)),
+    ],
+)
+def test_numbers_by_position_do_not_change_their_owner_in_loading(make: Any) -> None:
+    rows, losses = torch.tensor([[1.0, 0.0], [0.0, 9.0]]), {"x": 1.0, "y": 1.0}
+    saved = make(["x", "y"], [0.1, 5.0])
+    detente.combine(saved, rows, losses)
+    other = make(["y", "x"], [5.0, 0.1])
+    tasks, before = other.tasks, detente.combine(copy.deepcopy(other), rows, losses)
+    with pytest.raises(
+        ValueError, match=r"order x, y, this method in the order y, x, and the .* Give it by name"
+    ):
+        other.load_state_dict(saved.state_dict())
+    assert other.tasks == tasks
+    after = detente.combine(other, rows, losses)
+    assert torch.equal(before.direction, after.direction)  # type: ignore[arg-type]
+    for again in (make(["x", "y"], [0.1, 5.0]), make(["y", "x"], {"y": 5.0, "x": 0.1})):
+        again.load_state_dict(saved.state_dict())
+        outcome, expected = (detente.combine(one, rows, losses) for one in (again, copy.deepcopy(saved)))
+        assert torch.equal(outcome.direction, expected.direction)  # type: ignore[arg-type]
+
+
+def test_state_follows_a_model_to_its_device_and_keeps_its_dtype() -> None:
+    method = Ledger()
+    step(method, "a", "b")
+    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
+    model = torch.nn.ModuleDict({"method": method, "layer": torch.nn.Linear(2, 2)})
+    model.half().to(torch.bfloat16)
+    for name, buffer in method.named_buffers():
+        assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
+    model.to("meta")
+    assert all(
+        buffer.is_meta and buffer.dtype == before[name].dtype for name, buffer in method.named_buffers()
+    )
+
+
 def test_pickle_and_deepcopy_take_the_generator_along() -> None:
     method = Ledger(seed=3)
     step(method, "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -169,7 +170,7 @@ def test_an_absent_task_still_contributes_by_its_momentum() -> None:
         detente.apply(taken, detente.create("uniform").combine(taken.gradients), scale="sum")
         optimizer.step()
         optimizer.zero_grad()
-        balance = contributions.measure(taken)
+        balance = contributions.measure(taken, [1.0] * len(losses))
     # m of a: 0.1, then 0.09; of b: 0.1, then 0.19; v: 0.001 * 4, then 0.999 * 0.004 + 0.001.
     denominator = ((0.999 * 0.004 + 0.001) / (1 - 0.999**2)) ** 0.5 + 1e-8
     expected = [0.1 / (1 - 0.9**2) * m / denominator for m in (0.09, 0.19)]
@@ -207,27 +208,220 @@ def test_what_cannot_be_measured_is_said_and_changes_nothing() -> None:
         return detente.task_gradients(model.losses(0, detour="abc"), shared=which, task_specific=model.heads)
 
     good = taken(shared)
+    ones = [1.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="has moved no parameter"):
-        contributions.measure(good)
+        contributions.measure(good, ones)
     detente.apply(good, detente.create("uniform").combine(good.gradients))
     optimizer.step()
     with pytest.raises(ValueError, match=r"\(2,\) weights for 3 tasks"):
         contributions.measure(good, [1.0, 2.0])
     with pytest.raises(ValueError, match=r"moved 1\.weight, and its task gradients were not taken"):
-        contributions.measure(taken(model.trunk))
+        contributions.measure(taken(model.trunk), ones)
     assert contributions.tasks == ()
     optimizer.step()
     with pytest.raises(ValueError, match=r"moved 0\.0\.weight 2 times"):
-        contributions.measure(good)
+        contributions.measure(good, ones)
     assert contributions.tasks == () and not any(contributions._moments.values())
     z = model.trunk(torch.ones(1, 4, dtype=torch.float64))
     on_features = detente.task_gradients([head(z).sum() for head in model.heads.values()], features=z)
     with pytest.raises(ValueError, match="gradients of the parameters themselves"):
-        contributions.measure(on_features)
-    with pytest.raises(TypeError, match="SGD is not of Adam's kind"):
-        Contributions(torch.optim.SGD(model.parameters()), model.trunk)
+        contributions.measure(on_features, ones)
+    with pytest.raises(ValueError, match="option tolerance is 0"):
+        Contributions(optimizer, model.trunk, tolerance=0)
     with pytest.raises(ValueError, match=r"parameter 0\.weight of shared= is in no group"):
         Contributions(torch.optim.Adam(model.heads.parameters()), model.trunk)
+
+
+class Logged(torch.optim.Adam):
+    """Adam under another name."""
+
+
+class Doubled(torch.optim.AdamW):
+    """AdamW with another step."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """What a launcher makes of an optimizer: the same state, a step of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", ["RAdam", "NAdam", "Adamax", "SGD", "Adagrad", "Doubled"])
+def test_optimizers_with_another_update_are_refused(name: str) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = Doubled([weight]) if name == "Doubled" else getattr(torch.optim, name)([weight])
+    for one in (optimizer, Wrapped(optimizer)):
+        with pytest.raises(TypeError, match=f"{name} is neither torch.optim.Adam nor AdamW"):
+            Contributions(one, [weight])
+
+
+def test_adam_may_be_wrapped_or_named_otherwise() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = Logged([weight], lr=0.1)
+    contributions = Contributions(Wrapped(optimizer), [weight])
+    losses = {"a": weight.sum(), "b": 3 * weight.sum()}
+    taken = detente.task_gradients(losses, shared=[weight])
+    detente.apply(taken, detente.create("uniform").combine(taken.gradients), scale="sum")
+    Wrapped(optimizer).step()
+    assert contributions.measure(taken, [1, 1]).contributions[0] == pytest.approx((0.025, 0.075))
+
+
+# ---- the gradients Adam did not see
+
+
+def two_losses(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    slopes = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 1.0, 2.0]])
+    return {"a": (weight * slopes[0]).sum().square(), "b": 5 * (weight * slopes[1]).square().sum()}
+
+
+def adam_step(
+    weight: nn.Parameter, optimizer: Any, method: detente.Method, **arguments: Any
+) -> tuple[Any, Any]:
+    """The task gradients and the record of one step under a method."""
+    taken = detente.task_gradients(two_losses(weight), shared=[weight])
+    record = detente.backward(two_losses(weight), method, shared=[weight], task_specific=[], **arguments)
+    optimizer.step()
+    optimizer.zero_grad()
+    return taken, record
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    ("make", "arguments", "right"),
+    [
+        (lambda: detente.create("mgda"), {"scale": "sum"}, None),
+        (lambda: detente.create("inexact-mgda", epsilon=1e6, refuse="shared"), {}, [0.0, 0.0]),
+        (lambda: detente.create("graddrop"), {}, None),
+        (lambda: detente.create("db-mtl"), {}, None),
+        (lambda: detente.wrappers.PerBlock(detente.create("mgda")), {}, None),
+    ],
+    ids=["scale", "shared part refused", "graddrop", "db-mtl", "per block"],
+)
+def test_what_adam_did_not_see_is_not_measured(
+    make: Callable[[], detente.Method], arguments: dict[str, Any], right: list[float] | None, maximize: bool
+) -> None:
+    """Weights of another length or none are noticed in the first step in which they are wrong."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, -1.0]))
+    optimizer = torch.optim.Adam([weight], lr=0.01, maximize=maximize)
+    contributions = Contributions(optimizer, [weight])
+    taken, record = adam_step(weight, optimizer, detente.create("mgda"))
+    contributions.measure(taken, record.weights)
+    before = contributions.state_dict()
+    taken, record = adam_step(weight, optimizer, make(), **arguments)
+    wrong = [record.weights]
+    said = "not those Adam saw: .*leave scale native"
+    if record.weights is None:
+        with pytest.raises(ValueError, match=r"there are no weights: .*Nothing was changed"):
+            contributions.measure(taken, None)
+        wrong = [[1.0, 1.0], [0.5, 0.5]]
+    for weights in wrong:
+        with pytest.raises(ValueError, match=f"{said}.*Nothing was changed"):
+            contributions.measure(taken, weights)
+        after = contributions.state_dict()
+        assert all(before[key] == after[key] for key in ("tasks", "seen", "whole"))
+        assert all(torch.equal(before["moments"][0][n], after["moments"][0][n]) for n in "ab")
+    if right is not None:
+        contributions.measure(taken, right)
+        total = sum(contributions._moments[weight].values()) * (-1 if maximize else 1)
+        torch.testing.assert_close(total, optimizer.state[weight]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "decay", "worked", "told"),
+    [
+        (torch.optim.Adam, 0.0, False, True),
+        (torch.optim.AdamW, 0.1, False, True),
+        (torch.optim.Adam, 0.1, False, False),
+        (torch.optim.AdamW, 0.1, True, False),
+    ],
+)
+def test_where_adams_average_holds_more_than_the_tasks_nothing_is_compared(
+    kind: Any, decay: float, worked: bool, told: bool
+) -> None:
+    """Weight decay in the gradient, or steps from before; once in the average it stays there."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, -1.0]))
+    optimizer = kind([weight], lr=0.01, weight_decay=decay)
+    if worked:
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.zero_grad()
+    contributions = Contributions(optimizer, [weight])
+    for wrong in (1.0, 2.0):
+        taken = detente.task_gradients(two_losses(weight), shared=[weight])
+        detente.apply(taken, detente.create("uniform").combine(taken.gradients), scale="sum")
+        optimizer.step()
+        optimizer.zero_grad()
+        if wrong == 2.0 and told:
+            with pytest.raises(ValueError, match="not those Adam saw"):
+                contributions.measure(taken, [wrong, wrong])
+        else:
+            contributions.measure(taken, [wrong, wrong])
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+
+
+def test_rounding_of_one_tensor_is_no_difference() -> None:
+    """The true gradient of a bias before a normalisation is zero; what is computed is noise, each time another."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)]
+    trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    heads = nn.ModuleList([nn.Linear(32, 1), nn.Linear(32, 1)])
+    optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=1e-3)
+    contributions = Contributions(optimizer, trunk, tolerance=1e-4)
+    for _ in range(3):
+        z = trunk(torch.randn(8, 3, 12, 12))
+        losses = [(head(z) - 1).square().mean() for head in heads]
+        taken = detente.task_gradients(losses, shared=trunk, task_specific=heads, retain_graph=True)
+        record = detente.backward(losses, detente.create("uniform"), shared=trunk, task_specific=heads)
+        optimizer.step()
+        optimizer.zero_grad()
+        contributions.measure(taken, record.weights)
+    bias = optimizer.state[trunk[0].bias]["exp_avg"]
+    difference = sum(contributions._moments[trunk[0].bias].values()) - bias
+    assert float(difference.norm() / bias.norm()) > 1e-2  # of this tensor alone
+
+
+def test_a_measurement_is_one_copy_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    from detente.optim import balance
+
+    model, copies = Model(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    contributions = Contributions(optimizer, model.shared)
+    to_host = balance.to_host
+    monkeypatch.setattr(balance, "to_host", lambda parts: copies.append(1) or to_host(parts))
+    train_with_adam(model, range(3), {"a": 1.0, "b": 0.5, "c": 2.0}, optimizer, contributions)
+    assert len(copies) == 3
+
+
+def test_what_is_loaded_is_a_copy_with_what_was_seen() -> None:
+    """Into one that was made beside a fresh optimizer, and beside one that had been at work."""
+    weights = {"a": 1.0, "b": 0.5, "c": 2.0}
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    contributions = Contributions(optimizer, model.shared)
+    train_with_adam(model, range(3), weights, optimizer, contributions)
+    saved = contributions.state_dict()
+    kept = copy.deepcopy(saved)
+    for loaded_first in (False, True):
+        other = Model()
+        other.load_state_dict(model.state_dict())
+        resumed = torch.optim.Adam(other.parameters(), lr=0.01)
+        if loaded_first:
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        again = Contributions(resumed, other.shared)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        again.load_state_dict(saved)
+        train_with_adam(other, range(3, 5), weights, resumed, again)
+        for one, then in zip(saved["moments"], kept["moments"], strict=True):
+            assert all(torch.equal(one[task], then[task]) for task in then)
+        for p, number in again._seen.items():
+            assert number == 5 and again._whole[p]
 
 
 # ---- the promise

@@ -101,6 +101,26 @@ def test_a_saved_state_goes_on_bit_for_bit(kind: Callable[..., Any], transform: 
 
 
 @BOTH
+def test_moments_may_be_saved_in_another_layout(kind: Callable[..., Any]) -> None:
+    """The kernels walk through the memory of all of them side by side."""
+    model = Model()
+    optimizer = kind(model.shared, model.heads)
+    optimizer.step(model.losses(0))
+    state = copy.deepcopy(optimizer.state_dict())
+    turned = [state["state"][0]["a"], state["state"][8]]  # a weight of the trunk, one of a head
+    for moments in turned:
+        moments["exp_avg"] = moments["exp_avg"].t().contiguous().t()
+        assert moments["exp_avg"].stride() != moments["exp_avg_sq"].stride()
+    other = copy.deepcopy(model)
+    resumed = kind(other.shared, other.heads)
+    resumed.load_state_dict(state)
+    for step in (1, 2):
+        optimizer.step(model.losses(step))
+        resumed.step(other.losses(step))
+    assert same(numbers(model), numbers(other))
+
+
+@BOTH
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_copies_go_on_alike(kind: Callable[..., Any], how: Callable[[Any], Any]) -> None:
     model = Model()
@@ -319,6 +339,57 @@ def test_one_gradient_of_the_shared_parameters_lives_at_a_time(
         assert {p: u.shape for p, u in optimizer._updates.items()} == {
             p: p.shape for module in model.shared for p in module.parameters()
         }
+
+
+@pytest.mark.parametrize(
+    "form", [{"bias_correction": "paper"}, {"bias_correction": "none"}, {"variant": "sgd"}]
+)
+@pytest.mark.parametrize("measure", [False, True])
+def test_the_denominators_of_one_group_of_tensors_live_at_a_time(
+    form: dict[str, str], measure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, alive, earlier = Model(), [], []
+    optimizer = MAO(model.shared, model.heads, **form)
+    monkeypatch.setattr(kernels, "_GROUP", 1)
+
+    def watch(name: str) -> None:
+        real = getattr(torch, name)
+
+        def watched(*args: Any) -> Any:
+            alive.append(sum(reference() is not None for reference in earlier))
+            found = real(*args)
+            earlier.extend(map(weakref.ref, found))
+            return found
+
+        monkeypatch.setattr(torch, name, watched)
+
+    for name in ("_foreach_add", "_foreach_sqrt", "_foreach_div"):
+        watch(name)
+    optimizer.step(model.losses(0), measure=measure)
+    assert len(alive) >= 14 * (1 + measure) and not any(alive)
+
+
+@BOTH
+@pytest.mark.parametrize("transform", [None, "pcgrad"])
+def test_the_shared_graph_is_freed_with_the_last_backward(
+    kind: Callable[..., Any], transform: str | None
+) -> None:
+    model = Model()
+    options = {"transform": detente.create(transform)} if transform and kind is MAO else {}
+    optimizer = kind(model.shared, model.heads, lr=0.0, **options)
+    held: list[weakref.ref[Any]] = []
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            held.append(weakref.ref(self))
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda one: one.tensor):
+        z = model.trunk(torch.ones(3, 4, dtype=torch.float64))
+    losses = {name: head(z).square().mean() for name, head in model.heads.items()}
+    assert sum(reference() is not None for reference in held) >= 4
+    optimizer.step(losses)
+    assert losses and not any(reference() is not None for reference in held)
 
 
 def test_a_graph_from_before_the_step_is_not_walked_in_silence() -> None:

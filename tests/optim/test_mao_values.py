@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -322,6 +324,69 @@ def test_a_refused_step_leaves_everything() -> None:
     record = optimizer.step(model.losses(0))
     assert record.status == "refused" and not record.accepted
     assert farthest(model, Model()) == 0 and not optimizer.state
+
+
+class Holding(Altering):
+    """Refuses the shared part of every second step."""
+
+    def solve(self, gradients: TaskGradients) -> Combination:
+        self.status = "stationary" if self.calls % 2 else "ok"
+        found = super().solve(gradients)
+        return replace(found, transform=None) if self.calls % 2 == 0 else found
+
+
+def test_a_step_whose_shared_part_is_refused_moves_the_heads_alone() -> None:
+    """Shared parameters, their moments and counters wait, as in a step that takes place for the heads only."""
+    model, other = Model(), Model()
+    optimizer = MAO(model.shared, model.heads, lr=0.01, weight_decay=0.1, transform=Holding(torch.eye(3)))
+    whole = MAO(other.shared, (), lr=0.01, weight_decay=0.1)
+    heads = torch.optim.AdamW(other.heads.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(6):
+        record = optimizer.step(model.losses(step), measure=True)
+        assert record.accepted and record.status == ("stationary" if step % 2 else "ok")
+        assert optimizer.balance.mean_contributions == (0.0,) * 3 or step % 2 == 0
+        losses = other.losses(step)
+        heads.zero_grad()
+        torch.autograd.backward(
+            list(losses.values()), retain_graph=True, inputs=list(other.heads.parameters())
+        )
+        if step % 2 == 0:
+            whole.step(losses)
+        heads.step()
+    assert farthest(model, other) < 1e-12 and farthest(model, Model()) > 0.01
+    assert optimizer.state[model.trunk[0].weight]["a"]["step"] == 3
+    # Nothing moves at all where there are no heads; that is no error either.
+    lonely = MAO(model.trunk, (), transform=Holding(torch.eye(3)))
+    lonely.step(model.losses(0))
+    before = copy.deepcopy(model.state_dict())
+    assert lonely.step(model.losses(1)).status == "stationary"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("refuse", ["all", "shared"])
+def test_a_guard_around_the_transform(refuse: Any) -> None:
+    model, start = Model("ab"), Model("ab")
+    guard = detente.wrappers.Inexact(detente.create("pcgrad"), epsilon=1e6, refuse=refuse)
+    optimizer = MAO(model.shared, model.heads, lr=0.01, weight_decay=0.1, transform=guard)
+    record = optimizer.step(model.losses(0))
+    assert record.status == {"all": "refused", "shared": "stationary"}[refuse]
+    assert farthest(model.trunk, start.trunk) == farthest(model.detour, start.detour) == 0
+    assert (farthest(model.heads, start.heads) > 0.005) == (refuse == "shared")
+    assert not any(p in optimizer.state for p in model.trunk.parameters())
+    guard.epsilon = 0.0
+    assert optimizer.step({"a": model.losses(1)["a"]}).status == "ok"
+    assert farthest(model.trunk, start.trunk) > 0.005
+
+
+def test_a_stationary_step_with_a_transform_keeps_its_momentum() -> None:
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = MAO([weight], transform=detente.create("upgrad"), lr=0.1)
+    optimizer.step([weight.sum(), weight.sum()])
+    record = optimizer.step([weight.sum(), -weight.sum()])
+    assert record.status == "stationary"
+    # Each altered gradient is 0: m = 0.09 and v = 0.000999, corrected by 0.19 and 0.001999.
+    step = 0.1 * (0.09 / 0.19) / ((0.000999 / 0.001999) ** 0.5 + 1e-8)
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.8 - 2 * step), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", [detente.create("mgda"), detente.create("moco"), Altering(None)])

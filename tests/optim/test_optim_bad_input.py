@@ -13,6 +13,7 @@ from twin_adams import Model, numbers, same
 
 import detente
 from detente.optim import MAO, MTAdam
+from detente.values import Combination, TaskGradients
 
 BOTH = pytest.mark.parametrize("kind", [MAO, MTAdam])
 
@@ -152,7 +153,13 @@ def test_unnamed_losses_must_keep_their_number() -> None:
         ({"lr": -1.0}, ValueError, "option lr is -1.0"),
         ({"lr": float("nan")}, ValueError, "option lr is nan"),
         ({"eps": -1e-8}, ValueError, "option eps"),
+        ({"lr": None}, TypeError, "option lr is None; give a number"),
+        ({"lr": "0.1"}, TypeError, "option lr is '0.1'"),
+        ({"eps": True}, TypeError, "option eps is True"),
         ({"betas": (0.9, 1.0)}, ValueError, "option betas"),
+        ({"betas": 0.9}, TypeError, "option betas is 0.9; give two numbers"),
+        ({"betas": (0.9, 0.9, 0.9)}, ValueError, "option betas"),
+        ({"betas": (0.9, "0.9")}, TypeError, "option betas is '0.9'"),
         ({"weight_decay": -0.1}, ValueError, "option weight_decay"),
         ({"variant": "rmsprop"}, ValueError, "option variant is 'rmsprop'; give one of adam, sgd"),
         ({"bias_correction": None}, ValueError, "option bias_correction"),
@@ -163,6 +170,9 @@ def test_unnamed_losses_must_keep_their_number() -> None:
         ({"shared": ["trunk"]}, TypeError, "shared= takes parameters or modules, got str"),
         ({"shared": [{"params": nn.Linear(1, 1)}, nn.Linear(1, 1)]}, TypeError, "mixes parameter groups"),
         ({"shared": [{"params": nn.Linear(1, 1), "lr": -2.0}]}, ValueError, "option lr is -2.0"),
+        ({"shared": {"params": nn.Linear(1, 1), "variant": "rmsprop"}}, ValueError, "option variant"),
+        ({"shared": {"params": nn.Linear(1, 1), "bias_correction": 1}}, ValueError, "option bias_corr"),
+        ({"shared": {"params": nn.Linear(1, 1), "lr": None}}, TypeError, "option lr is None"),
         ({"shared": (), "task_specific": ()}, ValueError, "empty parameter list"),
     ],
 )
@@ -172,19 +182,40 @@ def test_bad_options(arguments: dict[str, Any], error: type[Exception], message:
 
 
 def test_bad_groups() -> None:
-    layer = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        MAO(layer, [layer.bias])
-    optimizer = MAO(layer)
-    for group, message in (
-        ({"params": nn.Linear(1, 1), "role": "mine"}, "option role is 'mine'"),
-        ({"params": [layer.weight]}, "more than one parameter group"),
+    model = Model()
+    with pytest.raises(
+        ValueError, match=r"parameter heads\.a\.weight is in two groups, as shared and as task-sp"
     ):
-        with pytest.raises(ValueError, match=message):
+        MAO(model, [("heads.a.weight", model.heads["a"].weight)])
+    layer = nn.Linear(2, 2)
+    optimizer = MAO(layer)
+    for group, error, message in (
+        ({"params": nn.Linear(1, 1), "role": "mine"}, ValueError, "option role is 'mine'"),
+        (
+            {"params": [layer.weight]},
+            ValueError,
+            "parameter weight is in two groups, as shared and as shared",
+        ),
+        ({"params": nn.Linear(1, 1), "variant": "rmsprop"}, ValueError, "option variant is 'rmsprop'"),
+        ({"params": nn.Linear(1, 1), "betas": 0.9}, TypeError, "option betas is 0.9"),
+        ({"lr": 0.1}, ValueError, "a parameter group needs params"),
+        ({}, ValueError, "a parameter group needs params"),
+        ([], TypeError, "a parameter group is a mapping with params and options, got list"),
+        ("layer", TypeError, "got str"),
+    ):
+        with pytest.raises(error, match=message):
             optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
-    with pytest.raises(ValueError, match="option norm_beta is 1"):
-        MTAdam(layer, norm_beta=1)
+    optimizer.defaults["lr"] = -1.0  # the group has none of its own
+    with pytest.raises(ValueError, match=r"option lr is -1\.0"):
+        optimizer.add_param_group({"params": nn.Linear(1, 1)})
+    for wrong in (1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"option norm_beta is {wrong}"):
+            MTAdam(layer, norm_beta=wrong)
+        with pytest.raises(ValueError, match=f"option norm_beta is {wrong}"):
+            MTAdam({"params": layer, "norm_beta": wrong})
+    with pytest.raises(TypeError, match="option norm_beta is None"):
+        MTAdam(layer, norm_beta=None)
 
 
 def test_states_that_do_not_fit() -> None:
@@ -203,8 +234,212 @@ def test_states_that_do_not_fit() -> None:
             MAO(shared).state_dict(),
             "has groups with the roles shared; this optimizer has shared, task-specific",
         ),
-        (MAO(shared[1:], model.heads).state_dict(), "doesn't match the size"),
+        (
+            MAO(shared[1:], model.heads).state_dict(),
+            r"group 0 \(shared\) of the saved state has 5 parameters; this optimizer's has 6",
+        ),
+        ({**good, "param_groups": [{**g, "lr": None} for g in good["param_groups"]]}, "option lr is None"),
+        ({key: good[key] for key in good if key != "param_groups"}, "has no 'param_groups'. Give what state"),
+        ({key: good[key] for key in good if key != "state"}, "has no 'state'"),
+        ({**good, "state": {**good["state"], 0: {"a": {"step": 1}}}}, "of task 'a' has no 'exp_avg_sq'"),
+        ({**good, "state": {**good["state"], 0: {"a": 1}}}, "of task 'a' has no 'step'"),
+        ({**good, "state": {**good["state"], 6: {"step": 1, "exp_avg": 1}}}, "a.weight has no 'exp_avg_sq'"),
+        (3, "the saved state is a int, not a mapping. Give what"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             optimizer.load_state_dict(state)
         assert not differences(everything(model, optimizer), before)
+
+
+# ---- shapes
+
+
+class Wide(Model):
+    """Another first layer; a third head of another width."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        if which == "shared":
+            self.trunk[0] = nn.Linear(4, 600).double()
+            self.trunk[2] = nn.Linear(600, 5).double()
+        else:
+            self.heads["c"] = nn.Linear(5, 700).double()
+
+    def losses(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        head, self.heads["c"] = self.heads["c"], nn.Linear(5, 2).double()
+        found = super().losses(*args, **kwargs)
+        self.heads["c"] = head
+        return {**found, "c": found["c"] + head.weight.square().sum() + head.bias.square().sum()}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        (
+            "shared",
+            r"parameter 0\.0\.weight has the shape \[600, 4\], and its saved exp_avg of task 'a' \[6, 4\]",
+        ),
+        ("own", r"parameter c\.weight has the shape \[700, 5\], and its saved exp_avg \[2, 5\]"),
+    ],
+)
+def test_moments_of_another_shape_are_not_loaded(kind: Callable[..., Any], which: str, message: str) -> None:
+    """The fused kernel would run beyond the memory of the smaller tensors."""
+    model, other = Model(), Wide(which)
+    first, second = kind(model.shared, model.heads), kind(other.shared, other.heads)
+    first.step(model.losses(0))
+    second.step(other.losses(0))
+    before = everything(other, second)
+    with pytest.raises(ValueError, match=message):
+        second.load_state_dict(first.state_dict())
+    assert not differences(everything(other, second), before)
+    second.step(other.losses(1))
+
+
+@BOTH
+@pytest.mark.parametrize("which", ["shared", "own"])
+def test_a_parameter_that_was_resized_is_named(kind: Callable[..., Any], which: str) -> None:
+    other, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    roles = ([other, ("late", late)], ()) if which == "shared" else ([other], [("late", late)])
+
+    def losses() -> dict[str, torch.Tensor]:
+        return {"a": other.square().sum(), "b": other.sum() + late.square().sum()}
+
+    optimizer = kind(*roles, lr=0.1)
+    optimizer.step(losses())
+    late.data = torch.ones(1000)
+    before = copy.deepcopy((other.data, late.data, optimizer.state_dict()))
+    with pytest.raises(
+        ValueError, match=r"parameter late has another shape than its moments.*delete optimizer"
+    ):
+        optimizer.step(losses())
+    assert not differences((other.data, late.data, optimizer.state_dict()), before)
+    del optimizer.state[late]
+    optimizer.step(losses())
+    torch.testing.assert_close(late.detach(), torch.full((1000,), 0.9))
+    # Losses from before a change have gradients of the old shape.
+    stale = {"b": other.sum() + late.sum()}
+    late.data = torch.ones(7)
+    del optimizer.state[late]
+    before = copy.deepcopy((other.data, late.data))
+    with pytest.raises(ValueError, match="parameter late has another shape than its moments or its gradient"):
+        optimizer.step(stale)
+    assert not differences((other.data, late.data), before) and late not in optimizer.state
+
+
+def test_moments_on_another_device_are_named() -> None:
+    for roles, task in (((1, 0), "0"), ((0, 1), None)):
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = MAO(*([("weight", weight)] if role else () for role in roles))
+        optimizer.step([weight.sum()])
+        kept = optimizer.state[weight] if task is None else optimizer.state[weight][task]
+        kept.update({key: kept[key].to("meta") for key in ("exp_avg", "exp_avg_sq")})
+        with pytest.raises(ValueError, match="parameter weight is on cpu, and its moments on meta"):
+            optimizer.step([weight.sum()])
+
+
+# ---- nothing half-made
+
+
+@BOTH
+def test_a_module_may_be_cast_between_two_steps(kind: Callable[..., Any]) -> None:
+    """Constant gradients: each task moves what it reaches by the learning rate, whatever the dtype."""
+    trunk, head = nn.Linear(3, 2), nn.Linear(2, 1)
+    optimizer = kind(trunk, head, lr=0.1)
+
+    def losses(names: str) -> dict[str, torch.Tensor]:
+        both = {"a": [trunk, head], "b": [trunk]}
+        return {name: sum(p.sum() for m in both[name] for p in m.parameters()) for name in names}
+
+    optimizer.step(losses("a"))
+    for number, module in enumerate((head, trunk)):
+        module.double()
+        before = [p.detach().clone() for m in (trunk, head) for p in m.parameters()]
+        optimizer.step(losses("ab"[: number + 1]))  # the moments of b are of the new dtype
+        after = [p.detach() for m in (trunk, head) for p in m.parameters()]
+        moved = [float((b - a).mean()) for b, a in zip(before, after, strict=True)]
+        assert moved == pytest.approx([0.1 * (number + 1)] * 2 + [0.1] * 2, rel=1e-5)
+
+
+@BOTH
+def test_what_fails_for_own_parameters_fails_before_the_shared_ones_move(kind: Callable[..., Any]) -> None:
+    model = Model()
+    optimizer = kind(model.shared, model.heads)
+    optimizer.step(model.losses(0))
+    parameters, own = numbers(model), copy.deepcopy(optimizer.state[model.heads["a"].bias])
+    optimizer.param_groups[1]["lr"] = None
+    with pytest.raises(TypeError):
+        optimizer.step(model.losses(1))
+    assert same(numbers(model), parameters)
+    assert not differences(optimizer.state[model.heads["a"].bias], own)
+    assert {s["step"] for p in model.trunk.parameters() for s in optimizer.state[p].values()} == {1}
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_failed_step_leaves_no_moments_of_a_mistyped_name(kind: Callable[..., Any], steps: int) -> None:
+    model = Model()
+    optimizer = kind(model.shared, model.heads)
+    for step in range(steps):
+        optimizer.step(model.losses(step, "ab"))
+    before = everything(model, optimizer)
+    losses = model.losses(steps)
+    bad = {"a": losses["a"], "typo": losses["b"], "z": losses["c"] + huge(model.trunk[0].bias)}
+    with pytest.raises(ValueError, match="task 'z' is not finite") as error:
+        optimizer.step(bad)
+    if steps:
+        assert "the moments of task 'a', whose" in str(error.value)
+        assert set(optimizer.state[model.trunk[0].bias]) == {"a", "b"}
+    else:
+        assert "Nothing was changed" in str(error.value)
+        assert not differences(everything(model, optimizer), before) and not optimizer.state
+    assert optimizer.tasks == (("a", "b") if steps else None)
+
+
+# ---- the transform's state
+
+
+class Counting(detente.Method):
+    """Alters nothing, and counts its calls in place; takes part in no registry."""
+
+    declares = detente.Declaration(name="counting", source="this test", needs=frozenset({"gramian"}))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def solve(self, gradients: TaskGradients) -> Combination:
+        self.calls.add_(1)
+        return Combination(
+            weights=torch.ones(gradients.tasks, dtype=torch.float64),
+            transform=torch.eye(gradients.tasks, dtype=torch.float64),
+        )
+
+
+def test_the_saved_state_of_a_transform_is_a_copy() -> None:
+    model = Model()
+    optimizer = MAO(model.shared, model.heads, transform=Counting())
+    optimizer.step(model.losses(0))
+    saved = optimizer.state_dict()
+    optimizer.step(model.losses(1))
+    assert int(saved["transform"]["calls"]) == 1 and int(optimizer.transform.calls) == 2
+
+
+def test_a_state_whose_transform_does_not_fit_changes_nothing() -> None:
+    model, other = Model(), Model()
+    optimizer = MAO(model.shared, model.heads, transform=Counting())
+    optimizer.step(model.losses(0))
+    further = MAO(other.shared, other.heads, transform=Counting())
+    for step in range(3):
+        further.step(other.losses(step))
+    good = further.state_dict()
+    before = everything(model, optimizer)
+    for transform in (
+        {"_extra_state": good["transform"]["_extra_state"]},
+        {**good["transform"], "momentum": torch.ones(2)},
+    ):
+        with pytest.raises(RuntimeError, match=r"calls|momentum"):
+            optimizer.load_state_dict({**good, "transform": transform})
+        assert not differences(everything(model, optimizer), before)
+    optimizer.load_state_dict(good)
+    assert int(optimizer.transform.calls) == 3

@@ -103,30 +103,51 @@ class Twin:
 
 
 class TwinMTAdam:
-    """MTAdam with every task present in every step and tensor; the first task is the anchor."""
+    """MTAdam in plain words: norms, moments and counts for each task and tensor; own parameters as in the twin of MAO.
+
+    In each tensor the anchor is the first of ``tasks`` that has ever reached it.
+    """
 
     def __init__(
-        self, shared: Sequence[torch.Tensor], lr: float = 1e-3, norm_beta: float = 0.9, eps: float = 1e-8
+        self,
+        tasks: Sequence[str],
+        shared: Sequence[torch.Tensor],
+        own: Sequence[torch.Tensor] = (),
+        lr: float = 1e-3,
+        norm_beta: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
-        self.shared, self.lr, self.norm_beta, self.eps, self.t = list(shared), lr, norm_beta, eps, 0
-        self.norms: dict[Any, float] = {}
+        self.tasks, self.shared, self.own = list(tasks), list(shared), list(own)
+        self.norm_beta, self.eps = norm_beta, eps
+        self.adam = Twin((), own, lr=lr, eps=eps, weight_decay=weight_decay)
+        self.norm: dict[Any, float] = {}
         self.m: dict[Any, Any] = {}
         self.v: dict[Any, Any] = {}
+        self.t: dict[Any, int] = {}
 
-    def step(self, losses: Sequence[torch.Tensor]) -> None:
-        self.t += 1
-        gradients = [torch.autograd.grad(loss, self.shared, retain_graph=True) for loss in losses]
+    def step(self, losses: Mapping[str, torch.Tensor]) -> None:
+        gradients = {
+            name: torch.autograd.grad(loss, [*self.shared, *self.own], retain_graph=True, allow_unused=True)
+            for name, loss in losses.items()
+        }
         for place, parameter in enumerate(self.shared):
-            for task in range(len(losses)):
-                g, key = gradients[task][place], (task, place)
+            here = [name for name in self.tasks if name in losses and gradients[name][place] is not None]
+            for name in here:
+                g, key = gradients[name][place], (name, place)
+                self.t[key] = self.t.get(key, 0) + 1
                 norm = math.sqrt(float(g.square().sum()))
-                self.norms[key] = self.norm_beta * self.norms.get(key, 0.0) + (1 - self.norm_beta) * norm
-                g = g * self.norms[0, place] / self.norms[key]
+                self.norm[key] = self.norm_beta * self.norm.get(key, 0.0) + (1 - self.norm_beta) * norm
+                anchor = next((task, place) for task in self.tasks if (task, place) in self.norm)
+                theirs, mine = (self.norm[one] / (1 - self.norm_beta ** self.t[one]) for one in (anchor, key))
+                g = g * theirs / mine
                 self.m[key] = 0.9 * self.m.get(key, 0.0) + 0.1 * g
                 self.v[key] = 0.999 * self.v.get(key, 0.0) + 0.001 * g * g
-            hats = [self.v[task, place] / (1 - 0.999**self.t) for task in range(len(losses))]
-            denominator = torch.stack(hats).amax(dim=0).sqrt() + self.eps
-            for task in range(len(losses)):
-                parameter.data = (
-                    parameter.data - self.lr * self.m[task, place] / (1 - 0.9**self.t) / denominator
-                )
+            if here:
+                hats = [self.v[name, place] / (1 - 0.999 ** self.t[name, place]) for name in here]
+                denominator = torch.stack(hats).amax(dim=0).sqrt() + self.eps
+                pieces = [self.m[name, place] / (1 - 0.9 ** self.t[name, place]) for name in here]
+                self.adam.move(parameter, self.adam.lr * sum(pieces) / denominator)
+        for place, parameter in enumerate(self.own, len(self.shared)):
+            found = [gradients[name][place] for name in losses if gradients[name][place] is not None]
+            self.adam.move(parameter, self.adam.contribution(place, sum(found), "adam") if found else None)

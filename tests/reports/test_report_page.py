@@ -187,6 +187,22 @@ def test_missing_keys_of_other_versions_do_not_crash(tmp_path, demo_maker):
     assert "–" in Page(build_report([runs], tmp_path / "report.html")).text
 
 
+def test_what_a_guard_refused_is_told_also_where_the_heads_moved(tmp_path, run_maker):
+    rows = [
+        {"epoch": 1, "step": 20, "refused": 0, "method": {"refused_share": 0.5}},
+        {"epoch": 2, "step": 30, "refused": 0, "method": {"refused_share": 0.2}},
+        {"epoch": 3, "step": 40, "refused": 0, "method": {"refused_share": None}},
+    ]
+    for name, told in (("guarded", rows), ("not", [{**row, "method": {"other": 1.0}} for row in rows])):
+        folder = run_maker(tmp_path / name, "inexact-mgda", epochs=3)
+        (folder / "epochs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+        text = Page(build_report([folder], tmp_path / "report.html")).text
+        # 10 of 20 steps and 2 of 10
+        words = "refused by the guard: 40 % of the steps, or of their shared parts"
+        assert (words in text) == (name == "guarded")
+        assert ("refused" in text.split("Every run")[1]) == (name == "guarded")
+
+
 def test_experiments_are_kept_apart(tmp_path, run_maker):
     run_maker(tmp_path / "runs" / "a", epochs=1)
     run_maker(tmp_path / "runs" / "b", epochs=1, experiment="another")

@@ -18,6 +18,7 @@ import torch
 import detente
 from detente.data import MultiDigits, load_multimnist
 from detente.experiments.multimnist import MultiMNIST, MultiMNISTConfig
+from detente.methods.wrappers import EarlyTerminationWarning
 from detente.records import ConfigMismatch, UnwritableFolder, read_run
 from detente.training import checkpoint, loop, train
 
@@ -156,6 +157,8 @@ def test_watching_the_balance_changes_nothing_and_a_loss_has_its_factor(
         ({"search": "fast", "gradients": "features"}, "momentum 0"),
         ({"search": "fast", "momentum": 0.0}, "needs gradients features"),
         ({"optimizer": "mao", "method": "dwa"}, "leave method dwa out"),
+        ({"optimizer": "mtadam", "method": "pcgrad"}, "leave method pcgrad out, or use optimizer mao"),
+        ({"optimizer": "mtadam", "method": "dwa"}, "leave method dwa out, or use optimizer mao"),
         ({"optimizer": "mao", "gradients": "features"}, "use gradients exact"),
         ({"optimizer": "mao", "measure": True}, "leave measure out"),
         ({"micro_batches": 2}, "tasks left or right"),
@@ -194,6 +197,16 @@ def test_a_guard_tells_each_epoch_what_it_refused(tmp_path: Path, digits: MultiD
     for row in rows:
         assert row["method"]["refused_share"] == row["refused"] / 4
         assert set(row["method"]["epsilon_squared"]) == {"left", "right"}
+
+
+def test_a_guard_of_the_shared_part_alone_refuses_no_step_and_says_what_it_refused(
+    tmp_path: Path, digits: MultiDigits
+) -> None:
+    option = ("epsilon=1000.0", "refuse=shared")
+    with pytest.warns(EarlyTerminationWarning):
+        run(tmp_path, digits, replace(CONFIG, epochs=1, method="inexact-mgda", option=option))
+    (row,) = read_run(tmp_path).epochs
+    assert row["refused"] == 0 and row["method"]["refused_share"] == 1.0
 
 
 def test_the_seed_decides_everything_and_the_surroundings_nothing(
@@ -238,6 +251,62 @@ def test_training_loss_is_the_mean_over_examples_not_over_batches(
     for position, task in enumerate(("left", "right")):
         expected = sum(n * row["losses"][position] for n, row in zip(sizes, stored.steps, strict=True)) / 200
         assert stored.epochs[0]["train_loss"][task] == pytest.approx(expected, rel=1e-12)
+
+
+class Halves(MultiMNIST):
+    """Every second batch lacks the right digit."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.batches = 0
+
+    def losses(self, output: Any, labels: Any) -> dict[str, torch.Tensor]:
+        losses = super().losses(output, labels)
+        self.batches += 1
+        return losses if self.batches % 2 else {"left": losses["left"]}
+
+
+def test_training_loss_is_over_the_examples_of_the_batches_that_had_the_task(
+    tmp_path: Path, digits: MultiDigits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, epochs=1, record_steps=100, checkpoint_seconds=0.0)
+
+    def halves(folder: Path) -> None:
+        train(Halves(config, digits), config, folder, experiment="x", command="x", quiet=True)
+
+    halves(tmp_path / "whole")
+    stored = read_run(tmp_path / "whole")
+    sizes = [64, 64, 64, 8]
+    (row,) = stored.epochs
+    left = sum(n * step["losses"][0] for n, step in zip(sizes, stored.steps, strict=True)) / 200
+    right = sum(64 * step["losses"][1] for step in stored.steps[::2]) / 128
+    assert [step["names"] for step in stored.steps] == [["left", "right"], ["left"]] * 2
+    assert row["train_loss"] == pytest.approx({"left": left, "right": right}, rel=1e-12)
+    # A checkpoint of before counted the examples of all tasks together, and is still read.
+    save = checkpoint.save
+
+    def older(path: Path, state: dict[str, Any]) -> None:
+        if "position" in state:
+            position = state["position"]
+            state = {**state, "position": {**position, "examples": max([0, *position["examples"].values()])}}
+        save(path, state)
+
+    step = loop._Run.run_step
+
+    def stop(self: Any, indices: torch.Tensor) -> None:
+        if self.at.step == 2:
+            raise Killed
+        step(self, indices)
+
+    monkeypatch.setattr(checkpoint, "save", older)
+    monkeypatch.setattr(loop._Run, "run_step", stop)
+    with pytest.raises(Killed):
+        run(tmp_path / "older", digits, config)
+    monkeypatch.undo()
+    assert isinstance(checkpoint.load(tmp_path / "older" / checkpoint.FILE)["position"]["examples"], int)
+    run(tmp_path / "older", digits, config)
+    run(tmp_path / "newer", digits, config)
+    assert_same_run(tmp_path / "older", tmp_path / "newer")
 
 
 def test_the_selected_weights_are_tested(tmp_path: Path, digits: MultiDigits) -> None:
@@ -369,3 +438,21 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     assert not (killed / "result.json").exists()
     subprocess.run([*command, "--out", str(killed)], capture_output=True, env=environment, check=True)
     assert_same_run(whole, killed)
+
+
+def test_the_balance_under_a_guard_that_refuses_the_shared_part(tmp_path: Path, digits: MultiDigits) -> None:
+    config = replace(
+        CONFIG,
+        method="inexact-mgda",
+        option=("epsilon=1e9", "refuse=shared"),
+        optimizer="adam",
+        learning_rate=1e-3,
+        balance=True,
+        record_steps=100,
+        epochs=1,
+    )
+    with pytest.warns(EarlyTerminationWarning):
+        run(tmp_path, digits, config)
+    rows = read_run(tmp_path).steps
+    assert {row["status"] for row in rows} == {"stationary"}
+    assert all(value == 0 for row in rows for layer in row["balance"]["contributions"] for value in layer)

@@ -196,7 +196,8 @@ class Memory:
     On several processes also own parameters and the names of all tasks: a rank needs them when it lacks a task.
 
     A parameter that was shared once stays shared, so that a batch in which some task is absent does not turn it
-    into the own parameter of another task. References are weak; the memory is never saved or copied.
+    into the own parameter of another task. References are weak; the memory is never saved or copied: a method that was
+    loaded (or copied) begins with a batch of all its tasks, ``awaited``, where shared parameters are discovered.
     """
 
     def __init__(self) -> None:
@@ -205,6 +206,38 @@ class Memory:
         self._buffer: torch.Tensor | None = None
         self.tasks: tuple[str, ...] | None = None
         self.ranks: Ranks | None = None
+        self.awaited: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, method: Any) -> Memory:
+        """The memory that goes with a method from step to step; made on the first call."""
+        memory: Memory | None = method.__dict__.get("workspace")
+        awaited, method.awaited = method.awaited, None
+        if memory is None:
+            memory = method.__dict__["workspace"] = cls()
+            memory.awaited = awaited
+        elif memory._shared:  # a state was loaded in between, perhaps with another model
+            memory.awaited = awaited or memory.awaited
+        return memory
+
+    def check_awaited(self, names: Sequence[str], losses: Sequence[torch.Tensor]) -> None:
+        """Before shared parameters are discovered: see that what was forgotten in saving can be found again.
+
+        Raises:
+            ValueError: nothing is remembered, and a task of the loaded state has no loss here; it is named.
+        """
+        if self.awaited is None:
+            return
+        if not self.shared():
+            present = {name for name, loss in zip(names, losses, strict=True) if loss.requires_grad}
+            absent = [name for name in self.awaited if name not in present]
+            if absent:
+                raise ValueError(
+                    f"this method goes on from a saved state, and task {absent[0]!r} is absent from its first batch, "
+                    "so which parameters are shared cannot be told. Name them with shared=, or begin with a batch of "
+                    "all tasks."
+                )
+        self.awaited = None
 
     def shared(self) -> list[torch.Tensor]:
         """The parameters shared so far that still exist, in the order they were found."""

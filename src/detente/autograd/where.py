@@ -55,8 +55,11 @@ class Where:
 
         Raises:
             ValueError: as :func:`~detente.autograd.representation.assign_roles` and
-                :func:`~detente.autograd.partition.partition`, or a parameter to solve on is not shared.
+                :func:`~detente.autograd.partition.partition`, a parameter to solve on is not shared, or a method that
+                was loaded lacks a task where shared parameters are discovered.
         """
+        if self.shared is None and self.task_specific is None:
+            memory.check_awaited(names, losses)
         if self.features is not None:
             return assign_roles(
                 names,

@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+EPS64 = float(np.finfo(np.float64).eps)
+
+SLOPE_ROUNDING = 8.0
+"""Machine epsilons of float64, for each task, that count as rounding in a slope."""
+
 ROUNDING = 4.0
 """Machine epsilons of a loss that count as rounding.
 
@@ -65,7 +70,25 @@ def sufficient_decrease(
         return np.asarray(np.isfinite(after) & (after <= before - c * eta * slopes + tolerance))
 
 
-def ascends(slopes: Array, moved: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def slope_tolerance(norms: Array, length: float, own: Array) -> Array:
+    """[T] the size below which a slope is zero up to rounding: 8 T ε (‖g_i‖ ‖d‖ + own_i), ε that of float64.
+
+    An inner product that is zero by construction, as with a direction projected onto the cone of descent, comes out as
+    a few roundings of either sign; nothing may depend on which.
+
+    Args:
+        norms: [T] lengths of the shared gradients.
+        length: that of the shared direction.
+        own: [T] the part of the slopes that the own parameters contribute.
+
+    Example:
+        >>> slope_tolerance(np.array([3.0, 0.0]), 2.0, np.array([0.0, -1.0])).tolist() == [96 * EPS64, 16 * EPS64]
+        True
+    """
+    return np.asarray(SLOPE_ROUNDING * len(norms) * EPS64 * (norms * length + np.abs(own)))
+
+
+def ascends(slopes: Array, moved: NDArray[np.bool_], tolerance: Array | float = 0.0) -> NDArray[np.bool_]:
     """[T] True where no length, however small, need satisfy the condition: the loss moves, and does not fall.
 
     A task that no parameter's move can change to first order (its gradient vanishes, or everything it has a gradient
@@ -74,12 +97,13 @@ def ascends(slopes: Array, moved: NDArray[np.bool_]) -> NDArray[np.bool_]:
     Args:
         slopes: [T].
         moved: [T] True where the gradient of task i does not vanish on what moves.
+        tolerance: [T] up to where a slope counts as zero.
 
     Example:
         >>> ascends(np.array([1.0, -1.0, 0.0, 0.0]), np.array([True, True, True, False])).tolist()
         [False, True, True, False]
     """
-    return np.asarray(moved & ~(slopes > 0))
+    return np.asarray(moved & ~(slopes > tolerance))
 
 
 def repeats(first: Array, second: Array, epsilon: Array) -> NDArray[np.bool_]:

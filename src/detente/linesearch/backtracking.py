@@ -12,9 +12,9 @@ from detente.autograd.partition import Parameters, as_tensors
 from detente.linesearch.armijo import ROUNDING, Array
 from detente.linesearch.closure import Losses, Runs
 from detente.linesearch.moments import KINDS, Moments, Preconditioner, State
-from detente.linesearch.moves import Moves, merged, own_products, real, shared_products
+from detente.linesearch.moves import Moves, merged, own_products, real
 from detente.linesearch.options import choice
-from detente.linesearch.plan import Plan, epsilons
+from detente.linesearch.plan import Along, Plan, epsilons
 from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
 from detente.methods import Method
 from detente.step import shared_gradients
@@ -38,10 +38,13 @@ class Backtracking(Search):
     Every forward pass of one step starts from the same random state (torch's own, on the CPU and on CUDA devices) and
     the same buffers, so that all see the same dropout masks; afterwards random state and batch-norm statistics are as
     one forward pass leaves them, however many trials there were. Random numbers from elsewhere (numpy, a
-    ``torch.Generator`` of yours) cannot be rewound: such a closure is recognised and refused.
+    ``torch.Generator`` of yours) cannot be rewound: such a closure is recognised and refused. A closure that
+    differentiates inside does so under ``torch.enable_grad()``, for only the first pass has a graph.
 
     Rounding: a decrease of less than 4 machine epsilons of the loss's dtype times its size cannot be told from none and
-    is not asked for. Losses computed in half precision and summed in float32 need ``rounding`` higher.
+    is not asked for. Compute losses in float32, also of a network in bfloat16 or float16: in bfloat16 those 4 epsilons
+    are three per cent of the loss. What half precision before the loss costs, ``rounding`` higher allows for. A slope
+    that is zero up to rounding in float64 does not count as falling.
 
     What happens where a step cannot be found:
 
@@ -51,7 +54,8 @@ class Backtracking(Search):
       direction; its loss may not rise.
     - ``max_trials`` trials were rejected: the parameters go back, bit for bit, and the closure is run once more there;
       other losses than at first mean that its batch changes, and raise. Otherwise the step is skipped (``capped``) or
-      raises, as ``on_cap`` says; a loss that is not finite at the last trial raises in any case.
+      raises, as ``on_cap`` says; a loss that is not finite at the last trial raises in any case. A length so short
+      that nothing moves is no step and ends the search (``stationary`` if it was the first).
     - The method refuses the step: nothing moves. Its direction is exactly zero: the heads alone are searched.
 
     When to use it: the length of the step matters and the learning rate is unknown; the batch is large enough for its
@@ -65,15 +69,16 @@ class Backtracking(Search):
         shared: the parameters, or modules, that the tasks share.
         task_specific: those of the tasks: a mapping from task to parameters or module, or all together; which loss
             reaches what is then found. May be empty.
-        lr_ub: the first length that is tried, > 0. ``search.lr_ub`` may be set by a schedule.
+        lr_ub: the first length that is tried, > 0. ``search.lr_ub`` is the caller's, to be set by a schedule.
         gamma: divisor of the length after a rejection, > 1.
         c: share of the promised decrease that is asked for, in (0, 1).
         max_trials: trials of one search, >= 1.
         on_cap: ``skip``: the parameters stay, the record says ``capped``; ``error``.
         on_no_descent: ``error``, or ``small-step``: a step of length ``small_step``, unsearched (ours).
         small_step: that length, > 0; its losses must be finite.
-        lower_ub: ours: ``cap``: divide ``lr_ub`` by γ after ``patience`` searches in a row that ended at the cap;
-            ``divided``: that needed more than one trial. None never.
+        lower_ub: ours: ``cap``: divide the first length by γ after ``patience`` searches in a row that ended at the
+            cap; ``divided``: that needed more than one trial. None never. ``search.lowered`` counts the divisions
+            beside ``lr_ub``, so that a schedule does not undo them; ``search.lowered = 0`` does.
         patience: how many, >= 1.
         precondition: ours, after the paper's outlook: the shared direction and the heads' gradients are divided by the
             running moments of ``adam``, ``rmsprop`` or ``adagrad`` (torch's constants), and so are the slopes. What is
@@ -148,7 +153,7 @@ class Backtracking(Search):
     def state_dict(self) -> dict[str, Any]:
         """What a new search needs to go on bit for bit, beside the network's own state and the random state.
 
-        That is the first length as it is now, the counters, the moments, and the state of the method.
+        That is the first length, the counters, the moments, and the state of the method.
         """
         return super().state_dict() | {
             "moments": None if self._moments is None else self._moments.state_dict()
@@ -161,9 +166,14 @@ class Backtracking(Search):
             ValueError: the state is not that of such a search, or its moments are of another preconditioner or of
                 other parameters; nothing is changed.
         """
-        saved = state.get("moments")
+        self._check_state(state)
+        saved = state["moments"]
+        if saved is not None and not isinstance(saved, Mapping):
+            raise ValueError(
+                f"the saved moments are a {type(saved).__name__}, not what state_dict() returned."
+            )
         if self._moments is None and saved is not None:
-            raise ValueError(f"the saved search has precondition={saved['kind']!r}, this one has none.")
+            raise ValueError(f"the saved search has precondition={saved.get('kind')!r}, this one has none.")
         moments = None if self._moments is None else self._moments.read(saved)
         super().load_state_dict(state)
         if self._moments is not None and moments is not None:
@@ -173,7 +183,7 @@ class Backtracking(Search):
         return runs.first()
 
     def _plan(
-        self, taken: Taken, combination: Combination, slopes: Array | None, features: Any, losses: list[Any]
+        self, taken: Taken, combination: Combination, along: Along | None, features: Any, losses: list[Any]
     ) -> Plan:
         gradients, direction = taken.gradients, combination.direction
         assert gradients.jacobian is not None and direction is not None
@@ -185,14 +195,14 @@ class Backtracking(Search):
             moved, moments = self._moments.propose([*shared, *own])
             shared, own = moved[: len(shared)], moved[len(shared) :]
             if shared:
-                slopes, direction = None, _row(taken, dict(shared))
+                along, direction = None, _row(taken, dict(shared))
         moves = Moves([*shared, *own])
         return Plan(
             taken,
             combination,
             epsilons(losses),
             moves,
-            shared_products(gradients.jacobian, direction) if slopes is None else slopes,
+            along or Along.by_products(gradients.jacobian, direction),
             own_products(taken.graph.own, moves),
             own_falls=self._moments is None and len(own) == len(everyones),
             moments=moments,
@@ -201,7 +211,10 @@ class Backtracking(Search):
     def _losses_at(self, runs: Runs, plan: Plan, eta: float) -> Losses:
         return runs.again()[1]
 
-    def _settle(self, runs: Runs, plan: Plan, taking: Taking, undo: list[Moves]) -> tuple[Array, bool] | None:
+    def _carry(self, runs: Runs, plan: Plan, eta: float, undo: list[Moves]) -> None:
+        pass
+
+    def _settle(self, runs: Runs, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
         if self._moments is not None:
             self._moments.commit(plan.moments)
         return None

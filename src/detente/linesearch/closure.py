@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ class Closure(Protocol):
     Called without arguments it runs the network and returns the shared representation (a tensor, or a flat sequence or
     mapping of tensors; the classical search ignores it) and the losses; with ``features`` it runs the heads only, on
     the representation given, and returns that and the losses. It neither calls backward nor moves anything.
+
+    Only the passes that the gradients belong to have a graph. A closure that differentiates inside (a derivative of the
+    output in the loss) does so under ``torch.enable_grad()``, or the trials fail.
     """
 
     def __call__(self, features: Any = None, /) -> tuple[Any, Losses]:
@@ -69,17 +73,17 @@ class Runs:
     def again(self) -> tuple[Any, Losses]:
         """The whole network as it now is, without a graph."""
         self._frozen.rewind()
-        with torch.no_grad():
+        with _without_graph():
             return self._run()
 
     def heads(self, features: Any) -> Losses:
         """The heads as they now are on ``features``, without a graph."""
         self._frozen.rewind(self._heads_start)
-        with torch.no_grad():
+        with _without_graph():
             return self._run_heads(features)
 
     def leave(self) -> None:
-        """Buffers and random state as the first pass left them."""
+        """Buffers as the first pass left them; random state as the last pass with a graph did."""
         self._frozen.leave()
 
     @contextmanager
@@ -98,7 +102,16 @@ class Runs:
 
     def _run_heads(self, features: Any) -> Losses:
         self.head_forwards += 1
-        returned, losses = _pair(self._closure(features))
+        try:
+            found = self._closure(features)
+        except TypeError as error:
+            if _takes_features(self._closure):
+                raise
+            raise TypeError(
+                "the fast search hands the representation to the closure as its one positional argument, and this "
+                "closure does not take one: write def closure(features=None)."
+            ) from error
+        returned, losses = _pair(found)
         if not _same(flat(returned), flat(features)):
             raise ValueError(
                 "closure(features) returned another representation than it was given: with features it must run the "
@@ -113,19 +126,33 @@ def flat(features: Any) -> tuple[torch.Tensor, ...]:
     Raises:
         TypeError: it is neither a real tensor nor a flat sequence or mapping of such, or is empty.
     """
-    parts: tuple[Any, ...] = ()
-    if isinstance(features, torch.Tensor):
-        parts = (features,)
-    elif isinstance(features, Mapping):
-        parts = tuple(features.values())
-    elif isinstance(features, Sequence) and not isinstance(features, str):
-        parts = tuple(features)
-    if not parts or not all(isinstance(part, torch.Tensor) and not part.is_complex() for part in parts):
+    parts = _entries(features)
+    bad = [(label, part) for label, part in parts if not isinstance(part, torch.Tensor) or part.is_complex()]
+    if bad or not parts:
+        got = f"{type(features).__name__} for features"
+        if bad and bad[0][1] is not features:
+            got = f"{_kind(bad[0][1])} for {bad[0][0]}"
         raise TypeError(
-            "the closure must return (features, losses) with features a real tensor, or a sequence or mapping of such; "
-            f"got {type(features).__name__} for features."
+            "the closure must return (features, losses) with features a real tensor, or a flat sequence or mapping of "
+            f"such; got {got}."
         )
-    return parts
+    return tuple(part for _, part in parts)
+
+
+def check_graph(features: Any) -> None:
+    """See that every tensor of a representation can be moved and be walked back to the encoder.
+
+    Raises:
+        ValueError: one carries no graph; it is named.
+    """
+    for label, part in _entries(features):
+        if not part.requires_grad:
+            raise ValueError(
+                f"{label} (shape {tuple(part.shape)}, {part.dtype}) carries no graph, so the search cannot move it. "
+                "Return as features only what the shared parameters compute, not detached: masks, indices and sizes "
+                "stay outside, where the closure can read them. If the encoder did compute it, it is frozen or ran "
+                "under torch.no_grad()."
+            )
 
 
 def like(features: Any, tensors: Sequence[torch.Tensor]) -> Any:
@@ -153,16 +180,69 @@ def in_order(losses: Losses, names: Sequence[str]) -> list[torch.Tensor]:
     if isinstance(losses, Mapping):
         given = {str(name): loss for name, loss in losses.items()}
         if given.keys() == set(names):
-            return [given[name] for name in names]
-        told = ", ".join(given)
-    else:
+            return [_number(name, given[name]) for name in names]
+        told = f"of {', '.join(given)}"
+    elif isinstance(losses, Sequence) and not isinstance(losses, str):
         if len(losses) == len(names):
-            return list(losses)
-        told = f"{len(losses)} without names"
+            return [_number(name, loss) for name, loss in zip(names, losses, strict=True)]
+        told = f"of {len(losses)} without names"
+    else:
+        told = f"a {type(losses).__name__} for all of them"
     raise ClosureChanged(
-        f"the closure gave losses of tasks {', '.join(names)} at first and then of {told}. Every call must run the "
-        "same tasks on the same batch. Nothing was changed."
+        f"the closure gave losses of tasks {', '.join(names)} at first and then {told}. Every call must run the same "
+        "tasks on the same batch. Nothing was changed."
     )
+
+
+def _number(name: str, loss: Any) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else _kind(loss)
+    raise ClosureChanged(
+        f"the closure gave the loss of task {name!r} as a tensor of one number at first and then as {kind}. Every call "
+        "must return the losses alike. Nothing was changed."
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _entries(features: Any) -> list[tuple[str, Any]]:
+    """What a representation holds, each with its name for messages."""
+    if isinstance(features, torch.Tensor):
+        return [("features", features)]
+    if isinstance(features, Mapping):
+        return [(f"features[{name!r}]", part) for name, part in features.items()]
+    if isinstance(features, Sequence) and not isinstance(features, str):
+        return [(f"features[{place}]", part) for place, part in enumerate(features)]
+    return []
+
+
+def _takes_features(closure: Any) -> bool:
+    try:
+        inspect.signature(closure).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a callable that does not tell what it takes
+        return True
+    return True
+
+
+@contextmanager
+def _without_graph() -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error}. The trials of a search run the closure without a graph, and it differentiates inside: put the "
+            "part that does, from the first tensor it needs a derivative of, under torch.enable_grad()."
+        ) from error
 
 
 def _pair(returned: Any) -> tuple[Any, Losses]:

@@ -11,10 +11,10 @@ from detente.autograd.host import to_host
 from detente.autograd.measure import Taken
 from detente.autograd.partition import Parameters
 from detente.linesearch.armijo import ROUNDING, Array
-from detente.linesearch.closure import Losses, Runs, flat, in_order, like
-from detente.linesearch.moves import Moves, merged, own_products, shared_products
+from detente.linesearch.closure import Losses, Runs, check_graph, flat, in_order, like
+from detente.linesearch.moves import Moves, merged, own_products
 from detente.linesearch.options import whole
-from detente.linesearch.plan import Plan, epsilons
+from detente.linesearch.plan import Along, Plan, epsilons
 from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
 from detente.methods import Method
 from detente.step import shared_gradients
@@ -38,12 +38,16 @@ class FastBacktracking(Search):
     step and records whether it holds there, with the same right-hand side; ``search.true_condition_rate`` is the share
     of failures. It only tells; the step stays taken.
 
+    The first length is a learning rate, to be tuned like one: the encoder's own step is not bounded by the search, and
+    a length far too high for it is mostly accepted all the same.
+
     Losses that are means over a batch of N have gradients of 1/N in Z: d_Z shortens as N grows and with it the slopes,
     while the move of the shared parameters does not. ``lr_ub`` has the meaning of a learning rate of the parameters.
 
     Random numbers: the heads of every trial start from the state that the whole network left behind. If the network
     drew any (dropout), the heads are run once more with a graph before the search, for losses whose masks the trials
-    can repeat: those are the losses the gradients belong to. If it drew none, that pass is not needed.
+    can repeat: those are the losses the gradients belong to, and torch's random state is afterwards as that second pass
+    of the heads leaves it. If the network drew none, that pass is not needed. Buffers are as one pass leaves them.
 
     Everything else (rounding, frozen buffers, what happens without a descent direction or at the cap) is as in
     :class:`Backtracking`. Not offered: ``precondition``. The entries of d_Z belong to the examples of one batch, so
@@ -151,10 +155,11 @@ class FastBacktracking(Search):
     def _first(self, runs: Runs) -> tuple[Any, Losses]:
         features, losses = runs.first()
         flat(features)
+        check_graph(features)
         return features, runs.first_of_heads(features) if runs.draws else losses
 
     def _plan(
-        self, taken: Taken, combination: Combination, slopes: Array | None, features: Any, losses: list[Any]
+        self, taken: Taken, combination: Combination, along: Along | None, features: Any, losses: list[Any]
     ) -> Plan:
         gradients, direction = taken.gradients, combination.direction
         assert gradients.jacobian is not None and direction is not None
@@ -174,7 +179,7 @@ class FastBacktracking(Search):
             combination,
             epsilons(losses),
             moves,
-            shared_products(gradients.jacobian, direction) if slopes is None else slopes,
+            along or Along.by_products(gradients.jacobian, direction),
             own_products(taken.graph.own, moves),
             own_falls=len(own) == len(everyones),
             features=features,
@@ -188,12 +193,16 @@ class FastBacktracking(Search):
         moved = [torch.sub(tensor, piece, alpha=eta) for tensor, piece in plan.along]
         return runs.heads(like(plan.features, moved))
 
-    def _settle(self, runs: Runs, plan: Plan, taking: Taking, undo: list[Moves]) -> tuple[Array, bool] | None:
-        """The encoder's share of the step, and a look at the network itself where asked."""
+    def _carry(self, runs: Runs, plan: Plan, eta: float, undo: list[Moves]) -> None:
+        """The encoder's share of the step."""
         if plan.combination.status != "stationary":
+            runs.leave()  # its graph may hold buffers, which the trials rewound: they must be what its forward left
             encoder = Moves(shared_gradients(plan.taken, plan.combination))
             undo.append(encoder)
-            encoder.to(taking.eta)
+            encoder.to(eta)
+
+    def _settle(self, runs: Runs, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
+        """A look at the network itself where asked."""
         if taking.status != "accepted" or not self.check_true or (self.steps + 1) % self.check_true:
             return None
         features, losses = runs.again()

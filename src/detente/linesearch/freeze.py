@@ -36,30 +36,44 @@ def same_random_state(first: RandomState, second: RandomState) -> bool:
 
 
 @dataclass(frozen=True)
-class _Buffer:
+class _Buffers:
+    """One module's buffers: the tensors themselves, None where a name is only reserved, and what they held."""
+
     module: nn.Module
-    name: str
-    tensor: torch.Tensor
-    value: torch.Tensor
+    found: dict[str, torch.Tensor | None]
+    values: dict[str, torch.Tensor]
 
 
-def _read(module: nn.Module) -> list[_Buffer]:
-    return [
-        _Buffer(module, name, buffer, buffer.detach().clone())
-        for name, buffer in module._buffers.items()
+def _read(module: nn.Module) -> _Buffers:
+    found = dict(module._buffers.items())  # of a scripted module it is no dict
+    values = {
+        name: buffer.detach().clone()
+        for name, buffer in found.items()
         if buffer is not None and not torch.nn.parameter.is_lazy(buffer)
-    ]
+    }
+    return _Buffers(module, found, values)
 
 
-def _write(buffers: Sequence[_Buffer]) -> None:
-    for buffer in buffers:
-        if buffer.module._buffers.get(buffer.name) is not buffer.tensor:
-            buffer.module._buffers[buffer.name] = buffer.tensor
-    if buffers:
-        # Through .data: a graph may hold the running statistics, and a backward that comes later checks that nobody
-        # wrote to them. It does not read them where they move (batch norm in training uses those of the batch).
+def _write(kept: Sequence[_Buffers]) -> None:
+    tensors: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    for entry in kept:
+        held = entry.module._buffers
+        for name in [name for name in held.keys() if name not in entry.found]:  # noqa: SIM118, see _read
+            del held[name]
+        for name, tensor in entry.found.items():
+            if name not in held or held[name] is not tensor:
+                held[name] = tensor
+        for name, value in entry.values.items():
+            found = entry.found[name]
+            assert found is not None
+            tensors.append(found.data)
+            values.append(value)
+    if tensors:
+        # Through .data: a graph may hold the buffers, and a backward that comes later would refuse them once written
+        # to. It may read them too: put back what its forward pass left (`leave`) before walking the graph.
         with torch.no_grad():
-            torch._foreach_copy_([buffer.tensor.data for buffer in buffers], [b.value for b in buffers])
+            torch._foreach_copy_(tensors, values)
 
 
 class Frozen:
@@ -78,8 +92,8 @@ class Frozen:
         self.start = self.end = random_state()
         self._discover = discover
         self._known: set[nn.Module] = set()
-        self._before: list[_Buffer] = []
-        self._after: list[_Buffer] = []
+        self._before: list[_Buffers] = []
+        self._after: list[_Buffers] = []
         for module in modules:
             self._keep(module)
 
@@ -100,11 +114,7 @@ class Frozen:
         finally:
             if handle is not None:
                 handle.remove()
-        self._after = [
-            _Buffer(b.module, b.name, now, now.detach().clone())
-            for b in self._before
-            if (now := b.module._buffers.get(b.name)) is not None
-        ]
+        self._after = [_read(entry.module) for entry in self._before]
         self.end = random_state()
 
     def rewind(self, state: RandomState | None = None) -> None:
@@ -113,7 +123,7 @@ class Frozen:
         set_random_state(self.start if state is None else state)
 
     def leave(self) -> None:
-        """Buffers and random state as one forward pass leaves them."""
+        """Buffers as the pass that counts left them, and the random state ``end``."""
         _write(self._after)
         set_random_state(self.end)
 
@@ -123,4 +133,4 @@ class Frozen:
         for inner in module.modules():
             if inner not in self._known:
                 self._known.add(inner)
-                self._before += _read(inner)
+                self._before.append(_read(inner))

@@ -101,13 +101,19 @@ class Moments:
         Raises:
             ValueError: they are of another kind, or of other parameters.
         """
-        kind = None if saved is None else saved["kind"]
+        kind = None if saved is None else saved.get("kind")
         if saved is None or kind != self.kind:
             raise ValueError(
                 f"the saved search has precondition={kind!r}, this one precondition={self.kind!r}."
             )
+        try:
+            return self._read(saved["states"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the saved moments are not what state_dict() returned ({error!r}).") from error
+
+    def _read(self, saved: Mapping[int, State]) -> dict[int, State]:
         states: dict[int, State] = {}
-        for place, state in saved["states"].items():
+        for place, state in saved.items():
             if not 0 <= int(place) < len(self._parameters):
                 raise ValueError(f"the saved search has moments of parameter {place}, which this one lacks.")
             parameter = self._parameters[int(place)]

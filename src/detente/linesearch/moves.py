@@ -15,6 +15,9 @@ _CHUNK = 1 << 20
 class Moves:
     """Parameters and the directions they are moved along; they can always be put back, bit for bit.
 
+    Where the caller's ``torch.autocast`` encloses the whole step, the copies in half precision that it caches of the
+    parameters would outlive a move: going back, with which every move begins, drops them.
+
     Args:
         pairs: parameter and direction; the directions of a parameter that occurs twice are added.
 
@@ -47,6 +50,14 @@ class Moves:
         if self.parameters:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, self._origin)
+            torch.clear_autocast_cache()
+
+    def away(self) -> bool:
+        """True if some parameter differs from where it stood at first; the device has to be waited for."""
+        return any(
+            not torch.equal(parameter, origin)
+            for parameter, origin in zip(self.parameters, self._origin, strict=True)
+        )
 
 
 def merged(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[torch.Tensor, torch.Tensor]:

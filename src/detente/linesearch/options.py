@@ -128,7 +128,10 @@ def check_roles(shared: Any, task_specific: Any) -> None:
         raise ValueError("shared= is empty; name the parameters that the tasks share.")
     both = [tensor for tensor in own if any(tensor is other for other in trunk)]
     if both:
+        shape = tuple(both[0].shape)
+        told = f"{len(both)} parameters (the first has shape {shape}) are"
         raise ValueError(
-            f"{len(both)} parameters (the first has shape {tuple(both[0].shape)}) are named in shared= and in "
-            "task_specific=; each has one role."
+            f"{told if len(both) > 1 else f'a parameter of shape {shape} is'} named in shared= and in task_specific=; "
+            "each has one role. Of tied weights, which several modules hold, name one side by its module and the other "
+            "by the parameters that are left."
         )

@@ -9,10 +9,56 @@ import numpy as np
 import torch
 
 from detente.autograd.measure import Taken
-from detente.linesearch.armijo import Array
+from detente.linesearch.armijo import Array, ascends, slope_tolerance
 from detente.linesearch.moments import State
-from detente.linesearch.moves import Moves
-from detente.values import Combination
+from detente.linesearch.moves import Moves, shared_products
+from detente.values import Combination, TaskGradients
+
+
+@dataclass(frozen=True)
+class Along:
+    """What is known of the shared direction: on the host where the Gramian tells it, else on the gradients' device.
+
+    Attributes:
+        slopes: [T] inner products of the shared gradients with the direction.
+        length: of the direction.
+    """
+
+    slopes: Array | torch.Tensor
+    length: float | torch.Tensor
+
+    @classmethod
+    def by_gramian(cls, gradients: TaskGradients, combination: Combination) -> Along | None:
+        """From the weights of a combination; None where they do not give its direction.
+
+        Example:
+            >>> gradients = TaskGradients(names=("a", "b"), gramian=np.array([[4.0, 1.0], [1.0, 9.0]]))
+            >>> weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+            >>> found = Along.by_gramian(gradients, Combination(weights=weights))
+            >>> found.slopes.tolist(), round(float(found.length) ** 2, 12)
+            ([2.5, 5.0], 3.75)
+        """
+        if combination.status == "stationary":
+            return cls(np.zeros(gradients.tasks), 0.0)
+        if combination.weights is None or combination.direction is not None:
+            return None
+        assert gradients.gramian is not None
+        weights = combination.weights.numpy()
+        slopes = np.asarray(gradients.gramian @ weights)
+        return cls(slopes, float(np.sqrt(max(weights @ slopes, 0.0))))
+
+    @classmethod
+    def by_products(cls, jacobian: torch.Tensor, direction: torch.Tensor) -> Along:
+        """From the direction itself."""
+        length = torch.linalg.vector_norm(direction, dtype=torch.float64)
+        return cls(shared_products(jacobian, direction), length)
+
+    @property
+    def unread(self) -> list[torch.Tensor]:
+        """Numbers that are still on a device."""
+        if isinstance(self.slopes, torch.Tensor) and isinstance(self.length, torch.Tensor):
+            return [*self.slopes, self.length]
+        return []
 
 
 @dataclass
@@ -23,8 +69,7 @@ class Plan:
         taken, combination: what the method saw and decided, the direction filled in.
         epsilon: [T] machine epsilons of the losses' dtypes.
         moves: the parameters that every trial moves.
-        shared_slopes: [T] slopes along the shared direction: on the host where the Gramian gives them, else on the
-            device of the gradients until they are read.
+        along_shared: slopes along the shared direction, and its length.
         own_slopes: T numbers on their devices, the slopes along the own parameters.
         own_falls: True if none of them can be negative: each own parameter moves along its own task's gradient.
         features: the representation as the closure gave it; None for the search in the parameters.
@@ -37,7 +82,7 @@ class Plan:
     combination: Combination
     epsilon: Array
     moves: Moves
-    shared_slopes: Array | torch.Tensor
+    along_shared: Along
     own_slopes: list[torch.Tensor]
     own_falls: bool
     features: Any = None
@@ -53,31 +98,52 @@ class Plan:
         return losses
 
     @property
+    def shared_slopes(self) -> Array:
+        """[T] the part of the slopes that the shared direction contributes, once it is on the host."""
+        return np.asarray(self.along_shared.slopes)
+
+    @property
     def unread(self) -> list[torch.Tensor]:
-        """Slopes that are still on a device, number by number."""
-        if self.slopes is not None:
-            return []
-        on_host = isinstance(self.shared_slopes, np.ndarray)
-        return self.own_slopes if on_host else [*self.shared_slopes, *self.own_slopes]
+        """Numbers that are still on a device."""
+        return [] if self.slopes is not None else [*self.along_shared.unread, *self.own_slopes]
 
     def read(self, numbers: Array) -> None:
         """Take ``unread`` as it arrived on the host."""
         if self.slopes is None:
-            if not isinstance(self.shared_slopes, np.ndarray):
-                self.shared_slopes, numbers = numbers[: len(self.before)], numbers[len(self.before) :]
+            if self.along_shared.unread:
+                tasks = len(self.before)
+                self.along_shared = Along(numbers[:tasks], float(numbers[tasks]))
+                numbers = numbers[tasks + 1 :]
             self.slopes = self.shared_slopes + numbers
 
     @property
     def descends(self) -> bool:
         """True if it is known, without reading anything from a device, that every loss falls."""
-        known = self.own_falls and isinstance(self.shared_slopes, np.ndarray)
-        return known and bool((np.asarray(self.shared_slopes) > 0).all())
+        if not self.own_falls or self.along_shared.unread:
+            return False
+        return bool((self.shared_slopes > self.tolerance(np.zeros(len(self.before)))).all())
+
+    def tolerance(self, own: Array) -> Array:
+        """[T] up to where a slope counts as zero, from what the own parameters contribute; read everything first."""
+        gramian = self.taken.gradients.gramian
+        assert gramian is not None
+        return slope_tolerance(np.sqrt(gramian.diagonal()), float(self.along_shared.length), own)
 
     def moved(self) -> np.ndarray:
         """[T] True where the gradient of a task does not vanish on what moves."""
         assert self.slopes is not None and self.taken.gradients.gramian is not None
         shared = (self.combination.status != "stationary") & (self.taken.gradients.gramian.diagonal() > 0)
         return np.asarray(shared | (self.slopes != self.shared_slopes))
+
+    def flat(self) -> np.ndarray:
+        """[T] True where the slope is zero up to rounding."""
+        assert self.slopes is not None
+        return np.asarray(np.abs(self.slopes) <= self.tolerance(self.slopes - self.shared_slopes))
+
+    def against(self, moved: np.ndarray) -> np.ndarray:
+        """[T] True where a task that moves does not fall."""
+        assert self.slopes is not None
+        return ascends(self.slopes, moved, self.tolerance(self.slopes - self.shared_slopes))
 
 
 def epsilons(losses: list[torch.Tensor]) -> Array:

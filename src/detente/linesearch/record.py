@@ -10,12 +10,41 @@ from detente.values import StepRecord
 Outcome = Literal["accepted", "small-step", "capped", "stationary", "refused"]
 
 
-class NoDescent(ValueError):
-    """Some loss does not fall along the direction, so that no length of the step can satisfy the condition."""
+class _Advised(ValueError):
+    """What happened to some tasks, and apart from it what to do, which a caller with options of its own may reword.
+
+    Attributes:
+        told: what happened.
+        advice: what to do, in terms of this package's options.
+        tasks: whom it concerns.
+    """
+
+    def __init__(self, told: str, advice: str = "", tasks: tuple[str, ...] = ()) -> None:
+        super().__init__(told, advice, tasks)
+        self.told, self.advice, self.tasks = told, advice, tuple(tasks)
+
+    def __str__(self) -> str:
+        return f"{self.told} {self.advice}".rstrip()
 
 
-class SearchFailed(ValueError):
-    """No trial was accepted; parameters, buffers, random state and method are as they were before the step."""
+class NoDescent(_Advised):
+    """Some loss does not fall along the direction, so that no length of the step can satisfy the condition.
+
+    Attributes:
+        told: which losses, and by how much they fall per unit of length.
+        advice: what to do.
+        tasks: the tasks whose losses do not fall.
+    """
+
+
+class SearchFailed(_Advised):
+    """No trial was accepted; parameters, buffers, random state and method are as they were before the step.
+
+    Attributes:
+        told: what was wrong at the last trial.
+        advice: what to do.
+        tasks: the tasks whose losses were wrong there.
+    """
 
 
 class ClosureChanged(ValueError):
@@ -30,7 +59,8 @@ class SearchRecord:
         names: the T tasks of this step; every sequence below follows their order.
         status: ``accepted``: the last trial satisfied the condition and was taken; ``small-step``: the direction is no
             descent for some task and the constant step was taken; ``capped``: no trial was accepted and no parameter
-            moved; ``stationary``: nothing to move along; ``refused``: the method refused the step.
+            moved; ``stationary``: nothing to move along, or nothing that shows in the parameters; ``refused``: the
+            method refused the step.
         losses_before: T losses where the step began.
         losses_after: T losses of the trial that was taken; for the fast search those of the moved representation. None
             if no parameter moved.
@@ -39,7 +69,7 @@ class SearchRecord:
         slopes: T numbers, by how much each loss falls per unit of η, to first order; None if the method refused.
         shared_slopes: the part of them that the shared direction contributes (in the representation for the fast
             search); the rest is that of the own parameters.
-        lr_ub: the first length of this search.
+        lr_ub: the first length of this search, lowered as ``lower_ub`` of the search asked.
         head_forwards, trunk_forwards: how often all heads, and the trunk, were run, with everything: the gradients'
             own forward, checks and trials.
         true_losses: T losses of the network after a fast step, where they were asked for.

@@ -16,14 +16,9 @@ from detente.autograd.host import to_host
 from detente.autograd.measure import Taken
 from detente.autograd.partition import Memory
 from detente.autograd.ranks import ranks_of
-from detente.linesearch.armijo import (
-    Array,
-    ascends,
-    repeats,
-    rounding_tolerance,
-    sufficient_decrease,
-)
+from detente.linesearch.armijo import Array, repeats, rounding_tolerance, sufficient_decrease
 from detente.linesearch.closure import Closure, Losses, Runs, in_order
+from detente.linesearch.moments import Preconditioner
 from detente.linesearch.moves import Moves
 from detente.linesearch.options import (
     check_method,
@@ -35,11 +30,11 @@ from detente.linesearch.options import (
     modules_in,
     whole,
 )
-from detente.linesearch.plan import Plan
+from detente.linesearch.plan import Along, Plan
 from detente.linesearch.record import ClosureChanged, NoDescent, Outcome, SearchFailed, SearchRecord
 from detente.methods import Method
 from detente.step import record_of, task_gradients, undone_on_failure, with_direction
-from detente.values import Combination, StepRecord, TaskGradients
+from detente.values import Combination, StepRecord
 
 Descent = Literal["error", "small-step"]
 Cap = Literal["skip", "error"]
@@ -64,7 +59,8 @@ class Search(ABC):
     """
 
     space: ClassVar[Literal["exact", "features"]]
-    counters: ClassVar[tuple[str, ...]] = ("steps", "capped", "in_a_row")
+    counters: ClassVar[tuple[str, ...]] = ("steps", "capped", "in_a_row", "lowered")
+    precondition: Preconditioner | None = None
 
     def __init__(
         self,
@@ -110,16 +106,31 @@ class Search(ABC):
         self.check_steps = whole("check_steps", check_steps, least=0)
         self.rounding = in_range("rounding", rounding, least=0)
         self._memory = Memory()
-        self.steps = self.capped = self.in_a_row = 0
+        self.steps = self.capped = self.in_a_row = self.lowered = 0
 
     @property
     def lr_ub(self) -> float:
-        """The first length that is tried, > 0; may be set between steps, by a schedule."""
+        """The first length as the caller or a schedule sets it between steps, > 0; see :attr:`first_length`."""
         return self._lr_ub
 
     @lr_ub.setter
     def lr_ub(self, value: float) -> None:
         self._lr_ub = in_range("lr_ub", value)
+
+    @property
+    def first_length(self) -> float:
+        """The length that the next search tries first: ``lr_ub`` divided by γ as often as ``lower_ub`` asked.
+
+        Raises:
+            ValueError: that is too small for a number.
+        """
+        found = self._divided(self.lowered)
+        if not found > 0:
+            raise ValueError(
+                f"lr_ub is {self.lr_ub:g} and was divided by gamma {self.lowered} times, which leaves nothing: set "
+                "search.lowered = 0 to start again from lr_ub, or lr_ub higher."
+            )
+        return found
 
     @final
     def step(self, closure: Closure) -> SearchRecord:
@@ -141,7 +152,7 @@ class Search(ABC):
 
             After any of them parameters, buffers, random state and method are as they were before the step.
         """
-        started = time.perf_counter()
+        started, lengths = time.perf_counter(), self._lengths()
         if ranks_of(None) is not None:
             raise RuntimeError(
                 "the line searches do not average their trials over processes, and training on would let the ranks "
@@ -156,19 +167,19 @@ class Search(ABC):
             decided = record_of(taken.gradients, combination)
             if not combination.accepted:
                 return self._end(runs, started, decided, None, None, "refused")
-            slopes = slopes_by_gramian(taken.gradients, combination)
+            along = Along.by_gramian(taken.gradients, combination)
             combination = with_direction(combination, taken.gradients)
-            plan = self._plan(taken, combination, slopes, features, in_order(losses, decided.names))
+            plan = self._plan(taken, combination, along, features, in_order(losses, decided.names))
             undo.append(plan.moves)
             decided = replace(decided, seconds=time.perf_counter() - started)
-            return self._search(runs, started, decided, plan, undo)
+            return self._search(runs, started, decided, plan, undo, lengths)
 
     # ---- saving
 
     def state_dict(self) -> dict[str, Any]:
         """What a new search needs to go on bit for bit, beside the network's own state and the random state.
 
-        That is the first length as it is now, the counters, and the state of the method.
+        That is the first length, the counters, and the state of the method.
         """
         counters = {name: getattr(self, name) for name in self.counters}
         return {"lr_ub": self.lr_ub, "counters": counters, "method": self.method.state_dict()}
@@ -179,16 +190,30 @@ class Search(ABC):
         Raises:
             ValueError: the state is not that of such a search; nothing is changed.
         """
-        if state.keys() != self.state_dict().keys() or state["counters"].keys() != set(self.counters):
-            raise ValueError(
-                f"this is not the state of a {type(self).__name__}: pass what its state_dict() returned."
-            )
+        self._check_state(state)
         lr_ub = in_range("lr_ub", state["lr_ub"])
         counters = {name: whole(name, value, least=0) for name, value in state["counters"].items()}
-        self.method.load_state_dict(state["method"])
+        with undone_on_failure(self.method):
+            try:
+                self.method.load_state_dict(state["method"])
+            except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"the method's part of the saved search does not fit {self.method.declares.name}: {error}"
+                ) from error
         self._lr_ub = lr_ub
         for name, value in counters.items():
             setattr(self, name, value)
+
+    def _check_state(self, state: Any) -> None:
+        counters = state.get("counters") if isinstance(state, Mapping) else None
+        if (
+            not isinstance(counters, Mapping)
+            or state.keys() != self.state_dict().keys()
+            or counters.keys() != set(self.counters)
+        ):
+            raise ValueError(
+                f"this is not the state of a {type(self).__name__}: pass what its state_dict() returned."
+            )
 
     # ---- what a trial is
 
@@ -198,16 +223,20 @@ class Search(ABC):
 
     @abstractmethod
     def _plan(
-        self, taken: Taken, combination: Combination, slopes: Array | None, features: Any, losses: list[Any]
+        self, taken: Taken, combination: Combination, along: Along | None, features: Any, losses: list[Any]
     ) -> Plan:
-        """What to move, and along what; ``slopes`` [T] along the method's direction where the Gramian gives them."""
+        """What to move, and along what; ``along`` the method's direction, where the Gramian tells it."""
 
     @abstractmethod
     def _losses_at(self, runs: Runs, plan: Plan, eta: float) -> Losses:
         """The losses at a distance ``eta``, the plan's parameters moved already."""
 
     @abstractmethod
-    def _settle(self, runs: Runs, plan: Plan, taking: Taking, undo: list[Moves]) -> tuple[Array, bool] | None:
+    def _carry(self, runs: Runs, plan: Plan, eta: float, undo: list[Moves]) -> None:
+        """Move what the trials did not; add it to what is undone after a failure."""
+
+    @abstractmethod
+    def _settle(self, runs: Runs, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
         """Finish an accepted step; the network's own losses and whether the condition holds for them, where asked."""
 
     # ---- private
@@ -228,33 +257,53 @@ class Search(ABC):
         return taken
 
     def _search(
-        self, runs: Runs, started: float, decided: StepRecord, plan: Plan, undo: list[Moves]
+        self,
+        runs: Runs,
+        started: float,
+        decided: StepRecord,
+        plan: Plan,
+        undo: list[Moves],
+        lengths: list[float],
     ) -> SearchRecord:
         if self.steps < self.check_steps:
             self._check_closure(runs, plan)
         if plan.slopes is None and not plan.descends:
             plan.read(*to_host([plan.unread]))
-        lengths, status = self._lengths(), "accepted"
+        searched = True
         if plan.slopes is not None:
             moved = plan.moved()
             if not moved.any():
                 return self._end(runs, started, decided, plan, None, "stationary")
-            against = ascends(plan.slopes, moved)
+            against = plan.against(moved)
             if against.any():
-                lengths, status = [self._without_descent(plan, against)], "small-step"
+                lengths, searched = [self._without_descent(plan, against)], False
+        notes: tuple[str, ...] = ()
         for trial, eta in enumerate(lengths, start=1):
             plan.moves.to(eta)
             after = self._evaluate(runs, plan, eta)
-            if (self._holds(plan, after, eta) if status == "accepted" else np.isfinite(after)).all():
-                taking = Taking("accepted" if status == "accepted" else "small-step", eta, trial, after)
-                seen = self._settle(runs, plan, taking, undo)
-                return self._end(runs, started, decided, plan, taking, taking.status, seen)
-        self._check_failure(runs, plan, after, eta)
-        return self._end(runs, started, decided, plan, None, "capped")
+            if not (self._holds(plan, after, eta) if searched else np.isfinite(after)).all():
+                continue
+            self._carry(runs, plan, eta, undo)
+            if searched and (after == plan.before).all() and not any(moves.away() for moves in undo):
+                notes = (f"a length of {eta:.3g} moves nothing: it is lost in rounding",)
+                if trial == 1:  # and nothing was rejected
+                    return self._end(runs, started, decided, plan, None, "stationary", trials=1, notes=notes)
+                break
+            taking = Taking("accepted" if searched else "small-step", eta, trial, after)
+            seen = self._settle(runs, plan, taking)
+            return self._end(runs, started, decided, plan, taking, taking.status, seen)
+        self._check_failure(runs, plan, after, eta, searched)
+        return self._end(runs, started, decided, plan, None, "capped", trials=trial, notes=notes)
+
+    def _divided(self, times: int) -> float:
+        try:
+            return self.lr_ub / self.gamma**times
+        except OverflowError:
+            return 0.0
 
     def _lengths(self) -> list[float]:
-        lengths = [self.lr_ub]
-        while len(lengths) < self.max_trials:
+        lengths = [self.first_length]
+        while len(lengths) < self.max_trials and lengths[-1] / self.gamma > 0:
             lengths.append(lengths[-1] / self.gamma)
         return lengths
 
@@ -288,31 +337,61 @@ class Search(ABC):
         if self.small_step is not None:
             return self.small_step
         assert plan.slopes is not None
-        named = zip(plan.taken.gradients.names, plan.slopes, against, strict=True)
-        listed = ", ".join(f"{name!r} ({slope:.3g})" for name, slope, worse in named if worse)
+        named = zip(plan.taken.gradients.names, plan.slopes, plan.flat(), against, strict=True)
+        tasks = {
+            name: "zero up to rounding" if flat else f"{slope:.3g}"
+            for name, slope, flat, worse in named
+            if worse
+        }
+        listed = ", ".join(f"{name!r} ({slope})" for name, slope in tasks.items())
         raise NoDescent(
             f"the direction of {self.method.declares.name} is no descent for task {listed} (in brackets what the loss "
-            "falls by per unit of length): no length can satisfy the condition for all tasks. Use a method without "
-            "conflict such as mgda, or on_no_descent='small-step' with small_step=. Nothing was changed."
+            "falls by per unit of length): no length can satisfy the condition for all tasks. Nothing was changed.",
+            f"{self._instead(plan, against)}, or take a constant step with on_no_descent='small-step' and small_step=.",
+            tuple(tasks),
         )
 
-    def _check_failure(self, runs: Runs, plan: Plan, after: Array, eta: float) -> None:
+    def _instead(self, plan: Plan, against: np.ndarray) -> str:
+        """Whose fault it is that a loss does not fall: the moments', the heads', or the method's."""
+        assert plan.slopes is not None
+        if self.precondition is not None:
+            return (
+                "What is a descent for every task need not stay one when it is divided by running moments: leave "
+                f"precondition={self.precondition!r} out"
+            )
+        if ((plan.slopes - plan.shared_slopes)[against] < 0).any():
+            return (
+                "Parameters named in task_specific= that several tasks use move along the sum of their gradients, here "
+                "against a task: name them in shared="
+            )
+        return "Use a method whose direction descends for every task, such as mgda"
+
+    def _check_failure(self, runs: Runs, plan: Plan, after: Array, eta: float, searched: bool) -> None:
         """No trial was accepted: put everything back, tell a changed batch from a real failure, complain if asked."""
         plan.moves.back()
         self._check_closure(runs, plan)
         names = plan.taken.gradients.names
-        bad = [name for name, loss in zip(names, after, strict=True) if not np.isfinite(loss)]
+        back = "The parameters are back where they were."
+        bad = tuple(name for name, loss in zip(names, after, strict=True) if not np.isfinite(loss))
         if bad:
+            where = "at the last trial, a step" if searched else "after the constant small step"
             raise SearchFailed(
-                f"the loss of task {bad[0]!r} is not finite (NaN or Inf) at the last trial, a step of {eta:.3g}. The "
-                "parameters are back where they were. Lower lr_ub, or raise max_trials."
+                f"the loss of task {bad[0]!r} is not finite (NaN or Inf) {where} of {eta:.3g}. {back}",
+                "Lower lr_ub, or raise max_trials." if searched else "Lower small_step.",
+                bad,
             )
         if self.on_cap == "error":
-            worse = [n for n, ok in zip(names, self._holds(plan, after, eta), strict=True) if not ok]
+            holds = self._holds(plan, after, eta)
+            worst = tuple(name for name, ok in zip(names, holds, strict=True) if not ok)
+            told = (
+                f"the loss of task {worst[0]!r} does not fall enough"
+                if worst
+                else "no parameter moves any more"
+            )
             raise SearchFailed(
-                f"the loss of task {worse[0]!r} does not fall enough at the last trial, a step of {eta:.3g}. The "
-                "parameters are back where they were. Lower lr_ub, raise max_trials, or skip such steps with "
-                "on_cap='skip'."
+                f"{told} at the last trial, a step of {eta:.3g}. {back}",
+                "Lower lr_ub, raise max_trials, or skip such steps with on_cap='skip'.",
+                worst,
             )
 
     def _end(
@@ -324,13 +403,15 @@ class Search(ABC):
         taking: Taking | None,
         status: Outcome,
         seen: tuple[Array, bool] | None = None,
+        trials: int = 0,
+        notes: tuple[str, ...] = (),
     ) -> SearchRecord:
-        """Leave buffers and random state as one forward pass does, count, and write the record."""
+        """Leave buffers and random state as the passes with a graph did, count, and write the record."""
         runs.leave()
         self.steps += 1
         self.capped += status == "capped"
-        trials = self.max_trials if status == "capped" else 0 if taking is None else taking.trials
-        lr_ub, notes = self.lr_ub, self._lower(status, trials)
+        trials = trials if taking is None else taking.trials
+        first, notes = self.first_length, notes + _untouched(decided) + self._lower(status, trials)
         return SearchRecord(
             names=decided.names,
             status=status,
@@ -340,7 +421,7 @@ class Search(ABC):
             trials=trials,
             slopes=None if plan is None or plan.slopes is None else _numbers(plan.slopes),
             shared_slopes=None if plan is None else _numbers(np.asarray(plan.shared_slopes)),
-            lr_ub=lr_ub,
+            lr_ub=first,
             head_forwards=runs.head_forwards,
             trunk_forwards=runs.trunk_forwards,
             true_losses=None if seen is None else _numbers(seen[0]),
@@ -359,8 +440,10 @@ class Search(ABC):
         if self.in_a_row < self.patience:
             return ()
         self.in_a_row = 0
-        self.lr_ub = self.lr_ub / self.gamma
-        return (f"lr_ub lowered to {self.lr_ub:.6g} after {self.patience} searches in a row",)
+        if not self._divided(self.lowered + 1) > 0:
+            return (f"the first length, {self.first_length:.6g}, cannot be lowered any further",)
+        self.lowered += 1
+        return (f"first length lowered to {self.first_length:.6g} after {self.patience} searches in a row",)
 
     @contextmanager
     def _undone_on_failure(self, runs: Runs, undo: list[Moves]) -> Iterator[None]:
@@ -373,21 +456,14 @@ class Search(ABC):
                 raise
 
 
-def slopes_by_gramian(gradients: TaskGradients, combination: Combination) -> Array | None:
-    """[T] inner products of the gradients with the direction of a combination; None where its weights do not give it.
-
-    Example:
-        >>> import torch
-        >>> gradients = TaskGradients(names=("a", "b"), gramian=np.array([[4.0, 1.0], [1.0, 9.0]]))
-        >>> slopes_by_gramian(gradients, Combination(weights=torch.tensor([0.5, 0.5], dtype=torch.float64)))
-        array([2.5, 5. ])
-    """
-    if combination.status == "stationary":
-        return np.zeros(gradients.tasks)
-    if combination.weights is None or combination.direction is not None:
-        return None
-    assert gradients.gramian is not None
-    return np.asarray(gradients.gramian @ combination.weights.numpy())
+def _untouched(decided: StepRecord) -> tuple[str, ...]:
+    """A note for every task that says nothing about the shared parameters; some methods then move none of them."""
+    norms = () if decided.raw is None else decided.raw.norms
+    return tuple(
+        f"task {name!r} has no gradient on what is shared"
+        for name, norm in zip(decided.names, norms, strict=False)
+        if norm == 0
+    )
 
 
 def _numbers(values: Array) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ class Adaptive(Guard):
     the mean squared distance of the gradients g_i^p of single batches p from their mean over the epoch before,
     mean_p ‖g_i^p‖² - ‖mean_p g_i^p‖² (Aygar 2019, equations 2.13 to 2.16). The first epoch is not guarded: every step
     is accepted, whatever its direction, and a task that comes later is not tested until the end of its first epoch.
+    One gradient says nothing of the noise: an epoch in which a task came once leaves it the estimate it had, or none.
     The gradients of refused steps count, as in the thesis.
 
     The thesis computes the difference of the two means, which cancels where the noise is small beside the gradient;
@@ -33,7 +34,10 @@ class Adaptive(Guard):
 
     ``statistics="running"`` is the running average that the thesis leaves to future work, in a form of ours: mean and
     squared distance are weighted by decay^(n-k) for the k-th of n gradients, so that the bound follows from step to
-    step and no epochs are needed. A task is guarded from its third gradient on.
+    step and no epochs are needed. A task is guarded from its third gradient on. So few gradients count that their mean
+    follows them: with the weights w_k, which add up to 1, the mean squared distance is small by the factor 1 - Σ w_k²
+    (half after two gradients, 2 decay / (1 + decay) in the end), and is divided by it. The estimate of an epoch is
+    left as in the thesis, small by 1 - 1/N after N gradients.
 
     An epoch ends with ``end_epoch()`` or after ``epoch_steps`` calls. If neither happens, nothing is ever refused but
     with running statistics. The notes of every combination say which form ran: that there is no estimate yet, or the
@@ -41,12 +45,15 @@ class Adaptive(Guard):
     in this and in the last epoch.
 
     A task that is absent from a step, or from an epoch, keeps its statistics. Gradients must be comparable from batch
-    to batch: they are with respect to parameters, in the exact space or on one layer. On ``features=`` the rows are
+    to batch: they are with respect to parameters, in the exact space or on one layer, and the shared parameters must
+    stay the same. Where a task that comes later reaches parameters that were another task's own until then, name the
+    shared ones with ``shared=`` from the start. On ``features=`` the rows are
     gradients with respect to the representation of one batch; the next batch has another one, and a mean over both
     has no meaning.
 
     When to use it: gradients noisy enough to matter, and no idea of the size of the noise. Cost: T x P numbers of state
-    in the memory of the parameters, and one pass over them in a step; with ``running`` T numbers more go to the host.
+    in the memory of the parameters (two times that while a step is made, since a step that fails is undone, and three
+    times where a task is absent), and one pass over them in a step; with ``running`` T numbers more go to the host.
 
     Args:
         method: any method that gives weights, for tasks or for blocks of parameters.
@@ -149,7 +156,7 @@ class Adaptive(Guard):
         squared, known = self._estimated(self.positions(gradients.names))
         name = self.declares.name
         if not known.any():
-            waiting = "no epoch has ended (end_epoch() or epoch_steps= ends one)"
+            waiting = "no epoch with two gradients of a task has ended (end_epoch() or epoch_steps= ends one)"
             if self.statistics == "running":
                 waiting = "fewer than two gradients of a task were seen"
             return np.full(gradients.tasks, np.nan), (f"{name}: {waiting}: every step is accepted",)
@@ -185,15 +192,19 @@ class Adaptive(Guard):
         """The squared distances become the estimates; the next gradient of each task starts anew."""
         if self.statistics == "running" or self.tasks is None:
             return
-        # A task that was absent all the time still has the distances of its last epoch.
-        self.estimate = self.variance.to(self.estimate.device, copy=True)
-        self.epochs = self.epochs + (self.samples > 0)
+        spread = self.samples >= 2
+        self.estimate = torch.where(spread, self.variance.to(self.estimate.device), self.estimate)
+        self.epochs = self.epochs + spread
         self.samples = torch.zeros_like(self.samples)
 
     def _estimated(self, at: np.ndarray) -> tuple[Array, np.ndarray]:
         """ε̂² of the tasks in these places, and which of them have one."""
         if self.statistics == "running":
-            return self.variance.cpu().numpy()[at], self.samples.numpy()[at] >= 2
+            variance, samples = self.variance.cpu().numpy()[at], self.samples.numpy()[at]
+            faded = self.decay ** np.maximum(samples, 2)
+            # 1 - Σ w_k² for the weights w_k = (1 - β) β^(n-k) / (1 - β^n)
+            free = 2 * (self.decay - faded) / ((1 + self.decay) * (1 - faded))
+            return variance / free, samples >= 2
         return self.estimate.numpy()[at], self.epochs.numpy()[at] > 0
 
     def _like(self, gradients: TaskGradients) -> torch.Tensor:

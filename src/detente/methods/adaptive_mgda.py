@@ -23,12 +23,15 @@ class AdaptiveMGDA(Adaptive):
     An epoch ends with ``end_epoch()`` or after ``epoch_steps`` calls. If neither happens, every step is accepted and
     this is MGDA; the notes of the combination say so. Afterwards they give the bounds in force. ``estimates`` holds
     ε̂_i², ``refused_share`` and ``last_refused_share`` the shares of refused steps in this and in the last epoch. A
-    task that is absent keeps its statistics.
+    task that is absent keeps its statistics, and so does one that came once in an epoch. Where a task that comes later
+    makes more parameters shared, name them with ``shared=`` from the start.
 
     It cannot run on ``features=``: gradients with respect to the representations of different batches have no mean.
 
-    When to use it: small batches, and no idea of the size of the noise. Cost: as MGDA, T x P numbers of state in the
-    memory of the parameters, and one pass over them in a step; with ``running`` T numbers more go to the host.
+    When to use it: small batches, and no idea of the size of the noise. Cost: MGDA's and the test's, see
+    ``inexact-mgda``; T x P numbers of state in the memory of the parameters (two times that while a step is made, three
+    times where a task is absent), and one pass over them in a step, which takes longer than MGDA itself on all but
+    small networks; with ``running`` T numbers more go to the host.
 
     Args:
         scale: >= 0, λ; 0 is MGDA.

@@ -11,17 +11,36 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar, final
+from typing import Any, ClassVar, Literal, Self, TypeVar, final
 
 import numpy as np
 import torch
 from torch import nn
 
 from detente.geometry.threads import one_thread
+from detente.methods.arguments import (
+    Preference,
+    check_names,
+    check_preference,
+    one_of,
+    positional,
+    weight_by_name,
+)
 from detente.values import GRADIENT_NEEDS, Combination, TaskGradients
 
-Preference = Mapping[str, float] | Sequence[float] | None
+__all__ = [
+    "EVERYWHERE",
+    "NEEDS",
+    "Declaration",
+    "Method",
+    "Preference",
+    "check_names",
+    "check_preference",
+    "one_of",
+    "positional",
+    "weight_by_name",
+]
+
 Solved = TypeVar("Solved")
 
 EVERYWHERE = frozenset({"exact", "features", "layer"})
@@ -87,6 +106,12 @@ class Method(nn.Module, ABC):
     the tasks too), and updates them at ``self.positions(gradients.names)`` inside ``solve``, after everything that
     can fail. A buffer whose size only the first step tells is registered there as None or with zero columns.
 
+    ``load_state_dict`` takes names and sizes from what is loaded, into a fresh method too, which then goes on bit for
+    bit. Which parameters are shared is not part of the state: where ``backward`` discovers them, the first step after
+    loading (or copying) must have all tasks of the state, or it raises ``ValueError``; with ``shared=`` any batch will
+    do. A preference by position asks for the tasks in the order in which they were saved. Buffers follow ``.to()`` to
+    a device, and keep their dtype.
+
     Args:
         preference: relative importance of the tasks, by name or by position; None means all alike.
         seed: seeds ``self.generator``, the only source of randomness a method may use; None for methods that
@@ -108,6 +133,8 @@ class Method(nn.Module, ABC):
     def __init__(self, *, preference: Preference = None, seed: int | None = None) -> None:
         super().__init__()
         self.tasks: tuple[str, ...] | None = None
+        # The tasks of a loaded state, until the engine has taken notice: it remembers nothing of what they share.
+        self.awaited: tuple[str, ...] | None = None
         self._constructed: frozenset[str] = frozenset()  # buffers that do not depend on the tasks
         self._preference = check_preference(self._preference_option, preference)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
@@ -258,27 +285,37 @@ class Method(nn.Module, ABC):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        # Also the methods inside, whose turn comes later: nothing has changed yet.
+        for path, module in self.named_modules():
+            if isinstance(module, Method):
+                told = state_dict.get(f"{prefix}{path}{'.' if path else ''}_extra_state", {})
+                module._check_saved(told.get("tasks"))
         # A fresh method has no sized buffers yet: take names and sizes from what is loaded.
         saved = state_dict.get(prefix + "_extra_state", {}).get("tasks")
-        if saved is None:
-            self._unbind()
-        else:
-            if self.tasks is not None and set(self.tasks) != set(saved):
-                raise ValueError(
-                    f"{self.declares.name}: the saved state is for tasks {', '.join(saved)}, this method was "
-                    f"created for {', '.join(self.tasks)}. Create it for the same tasks, or without tasks."
-                )
-            self._unbind()
+        self._unbind()
+        if saved is not None:
             self.bind(saved)
+        self.awaited = None if saved is None else tuple(saved)
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
             if loaded is not None and (buffer is None or buffer.shape != loaded.shape):
                 self._buffers[name] = torch.empty_like(loaded)  # sized by the first step, not by the tasks
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # State follows a model to another device, not to another dtype: bfloat16 is no place for statistics.
+        def moved(buffer: torch.Tensor) -> torch.Tensor:
+            there = fn(buffer)
+            return there if there.dtype == buffer.dtype else buffer.to(there.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # Generators can be neither copied nor pickled; their state can. The engine's memory is not ours to copy.
         state = {key: value for key, value in self.__dict__.items() if key not in ("generator", "workspace")}
+        if "workspace" in self.__dict__:
+            state["awaited"] = self.tasks
         state["generator_state"] = None if self.generator is None else self.generator.get_state()
         return state
 
@@ -291,6 +328,22 @@ class Method(nn.Module, ABC):
             self.generator.set_state(drawn)
 
     # ---- private
+
+    def _check_saved(self, saved: Sequence[str] | None) -> None:
+        """See that the tasks of a saved state are those of this method, in its order where that counts."""
+        if saved is None or self.tasks is None or tuple(saved) == self.tasks:
+            return
+        name, there, here = self.declares.name, ", ".join(saved), ", ".join(self.tasks)
+        if set(saved) != set(self.tasks):
+            raise ValueError(
+                f"{name}: the saved state is for tasks {there}, this method was created for {here}. Create it for the "
+                "same tasks, or without tasks."
+            )
+        if isinstance(self._preference, tuple):
+            raise ValueError(
+                f"{name}: the saved state has the tasks in the order {there}, this method in the order {here}, and the "
+                f"{self._preference_option} is given by position. Give it by name."
+            )
 
     def _inside(self) -> list[Method]:
         """The methods this one is wrapped around, at any depth."""
@@ -311,7 +364,7 @@ class Method(nn.Module, ABC):
             self.bind(names if self.tasks is not None else self._everyone(names))
             with one_thread(len(names)):
                 return solve()
-        except Exception:
+        except BaseException:  # also when the user interrupts
             for one, tasks, buffers, drawn in before:
                 one.tasks = tasks
                 one._buffers.clear()
@@ -382,109 +435,3 @@ class Method(nn.Module, ABC):
             )
             self._buffers[name] = fresh
         self.tasks = names
-
-
-# ---- checks that methods share
-
-
-@cache
-def positional(tasks: int) -> tuple[str, ...]:
-    """The names of unnamed tasks: their positions.
-
-    Example:
-        >>> positional(2)
-        ('0', '1')
-    """
-    return tuple(str(position) for position in range(tasks))
-
-
-def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple.
-
-    Raises:
-        ValueError: there are none, or one occurs twice.
-
-    Example:
-        >>> check_names(["left", "right"])
-        ('left', 'right')
-    """
-    names = tuple(str(name) for name in names)
-    if not names:
-        raise ValueError("no tasks: give at least one task name or loss.")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"task {twice!r} occurs twice; task names must differ.")
-    return names
-
-
-def check_preference(option: str, values: Preference) -> dict[str, float] | tuple[float, ...] | None:
-    """A mapping or sequence of non-negative finite numbers, not all zero, copied; None stays None.
-
-    Raises:
-        ValueError: a number is negative or not finite, or all are zero; the option is named.
-
-    Example:
-        >>> check_preference("preference", [1, 3])
-        (1.0, 3.0)
-    """
-    if values is None:
-        return None
-    checked: dict[str, float] | tuple[float, ...]
-    if isinstance(values, Mapping):
-        checked = {str(name): float(value) for name, value in values.items()}
-        numbers = list(checked.items())
-    else:
-        checked = tuple(float(value) for value in values)
-        numbers = [(str(position), value) for position, value in enumerate(checked)]
-    for name, value in numbers:
-        if not np.isfinite(value) or value < 0:
-            raise ValueError(f"{option} of task {name!r} is {value}; it must be a finite number >= 0.")
-    if not any(value > 0 for _, value in numbers):
-        raise ValueError(f"{option} is zero for every task; at least one must be positive.")
-    return checked
-
-
-def weight_by_name(
-    values: Mapping[str, float] | Sequence[float] | None, names: Sequence[str], option: str
-) -> np.ndarray | None:
-    """[len(names)] float64 of ``values`` in the order of ``names``; None stays None.
-
-    Raises:
-        ValueError: a task has no value, a value has no task, or the count differs.
-
-    Example:
-        >>> weight_by_name({"a": 1.0, "b": 2.0}, ("b", "a"), "preference")
-        array([2., 1.])
-    """
-    if values is None:
-        return None
-    if isinstance(values, Mapping):
-        missing = [name for name in names if name not in values]
-        unknown = [name for name in values if name not in names]
-        if missing:
-            raise ValueError(
-                f"{option} names no value for task {missing[0]!r}; it names {', '.join(values)}."
-            )
-        if unknown:
-            raise ValueError(
-                f"{option} names the unknown task {unknown[0]!r}; the tasks are {', '.join(names)}."
-            )
-        return np.array([values[name] for name in names], dtype=np.float64)
-    if len(values) != len(names):
-        raise ValueError(f"{option} has {len(values)} values for {len(names)} tasks ({', '.join(names)}).")
-    return np.array(values, dtype=np.float64)
-
-
-def one_of(option: str, value: str, choices: Sequence[str]) -> str:
-    """``value`` if it is one of ``choices``.
-
-    Raises:
-        ValueError: it is not; the option and the choices are named.
-
-    Example:
-        >>> one_of("solver", "exact", ("exact", "frank-wolfe"))
-        'exact'
-    """
-    if value not in choices:
-        raise ValueError(f"option {option} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-    return value

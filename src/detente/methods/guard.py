@@ -7,6 +7,7 @@ gives weights.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ Refuse = Literal["all", "shared"]
 
 # An inner product below its bound by less than this times the lengths of what was summed is rounding.
 ROUNDING = 1e-12
+# A direction shorter than this times the lengths of what was summed is rounding too: of the gradients themselves, which
+# come in float32, as well as of its length, which is the root of a float64 sum that cancels.
+CANCELLED = 4 * float(np.finfo(np.float32).eps)
 # An epoch with a larger share of refused steps has all but ended the training.
 TERMINATED = 0.99
 
@@ -47,7 +51,7 @@ class EarlyTerminationWarning(UserWarning):
 
 
 def shortfalls(gramians: np.ndarray, weights: np.ndarray, bounds: np.ndarray) -> Array:
-    """[T] by how much <q, g_i> falls short of ‖q‖ ε_i; zero where the guard's test holds.
+    """[T] by how much <q, g_i> falls short of ‖q‖ ε_i; zero where the guard's test holds, and for a q of zero.
 
     The inner product and the length of the direction q = Σ α_j g_j are read off the Gramian G in float64: q·g_i =
     (Gα)_i and ‖q‖² = αᵀGα, summed over the blocks of parameters where their weights differ.
@@ -58,7 +62,8 @@ def shortfalls(gramians: np.ndarray, weights: np.ndarray, bounds: np.ndarray) ->
         bounds: [T] the ε_i >= 0, NaN for a task that is not tested.
 
     Returns:
-        Numbers >= 0. Less than 1e-12 Σ_j |α_j| ‖g_j‖ ‖g_i‖ counts as rounding, and as zero.
+        Numbers >= 0. Less than 1e-12 Σ_j |α_j| ‖g_j‖ ‖g_i‖ counts as rounding, and as zero; so does a ‖q‖ of no more
+        than 4.8e-7 Σ_j |α_j| ‖g_j‖, four machine epsilons of float32.
 
     Example:
         >>> orthogonal, q = np.diag([1.0, 4.0])[None], np.array([[0.8, 0.2]])  # <q, g_i> = 0.8 = ‖q‖²
@@ -68,9 +73,11 @@ def shortfalls(gramians: np.ndarray, weights: np.ndarray, bounds: np.ndarray) ->
     products = np.matmul(gramians, weights[:, :, None])[:, :, 0]
     length = np.sqrt(max(float((weights * products).sum()), 0.0))
     norms = np.sqrt(np.diagonal(gramians, axis1=1, axis2=2))
-    terms = norms * (np.abs(weights) * norms).sum(axis=1, keepdims=True)
+    summed = (np.abs(weights) * norms).sum(axis=1, keepdims=True)
+    if length <= CANCELLED * float(np.linalg.norm(summed)):
+        return np.zeros(len(bounds))
     lacking = np.nan_to_num(length * bounds - products.sum(axis=0), nan=0.0)
-    return np.where(lacking > ROUNDING * terms.sum(axis=0), lacking, 0.0)
+    return np.where(lacking > ROUNDING * (norms * summed).sum(axis=0), lacking, 0.0)
 
 
 class Guard(Wrapper):
@@ -108,6 +115,8 @@ class Guard(Wrapper):
         super().__init__(method)
         self.refuse = one_of("refuse", refuse, ("all", "shared"))
         self.epoch_steps = count("epoch_steps", epoch_steps, least=1)
+        self.place = ""  # which block of parameters this is the guard of, for the warning
+        self._warned = False  # of the epoch that the next step closes again, see _count
         for name in ("steps", "refused", "last_steps", "last_refused"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
@@ -163,17 +172,24 @@ class Guard(Wrapper):
         result = replace(result, notes=(*result.notes, *notes))
         if not lacking.any():
             return result
-        return replace(result, status="refused" if self.refuse == "all" else "stationary")
+        if self.refuse == "all":
+            return replace(result, status="refused")
+        # Nothing is left of the altered gradients that the transform would give.
+        return replace(result, status="stationary", transform=None)
 
     def end_epoch(self) -> None:
         """Tell the wrapped method, and close the epoch unless ``epoch_steps`` is given.
 
         Warns:
-            EarlyTerminationWarning: more than 99 % of the epoch's steps were refused.
+            EarlyTerminationWarning: more than 99 % of the epoch's steps were refused. As an error it comes when the
+                epoch is closed.
         """
-        self.method.end_epoch()
-        if self.epoch_steps is None:
-            self._close()
+        try:
+            self.method.end_epoch()
+        finally:
+            told = self._close() if self.epoch_steps is None else None
+            if told is not None:
+                warnings.warn(told, EarlyTerminationWarning, stacklevel=2)
 
     # ---- private
 
@@ -195,24 +211,30 @@ class Guard(Wrapper):
         # New tensors, not new numbers in the old ones: a call that fails later puts the old ones back.
         self.steps = self.steps + 1
         self.refused = self.refused + int(refused)
-        if self.epoch_steps is not None and int(self.steps) >= self.epoch_steps:
-            self._close()
+        if self.epoch_steps is None or int(self.steps) < self.epoch_steps:
+            return
+        told, warned = self._close(), self._warned
+        if told is not None and not warned:
+            # Where warnings are errors this undoes the step. The next one closes the same epoch and says nothing.
+            self._warned = True
+            warnings.warn(told, EarlyTerminationWarning, stacklevel=2)
+        self._warned = False
 
-    def _close(self) -> None:
+    def _close(self) -> str | None:
+        """Close the epoch; what is to be said of it, if anything."""
         steps, refused = int(self.steps), int(self.refused)
         if steps == 0:
-            return
+            return None
         self.last_steps, self.last_refused = self.steps, self.refused
         self.steps, self.refused = torch.zeros_like(self.steps), torch.zeros_like(self.refused)
         self.epoch_ended()
-        if refused > TERMINATED * steps:
-            warnings.warn(
-                f"{self.declares.name} refused {refused} of {steps} steps of the epoch: if the next ones go the same "
-                f"way, the training has ended. {self.advice}, or enlarge the batch, so that the gradients are less "
-                "noisy; or stop here, if the losses are where you want them.",
-                EarlyTerminationWarning,
-                stacklevel=3,
-            )
+        if refused <= TERMINATED * steps:
+            return None
+        return (
+            f"{self.declares.name} refused {refused} of {steps} steps of the epoch{self.place}: if the next ones go "
+            f"the same way, the training has ended. {self.advice}, or enlarge the batch, so that the gradients are "
+            "less noisy; or stop here, if the losses are where you want them."
+        )
 
 
 @register_wrapper
@@ -233,16 +255,20 @@ class Inexact(Guard):
     g_i>) / ‖g_i‖². Equation 2.12 prints this with ‖g_i‖ where ‖g_i‖² is needed: as printed, α_i would have the unit of
     a gradient.
 
-    At q = 0 both sides are zero and the step is accepted; a stationary step stays one. With ε = 0 only a direction
-    against some task is refused, and a method that never gives one is left as it is: an inner product below the bound
-    by less than 1e-12 Σ_j |α_j| ‖g_j‖ ‖g_i‖ counts as rounding. A step that the wrapped method refuses stays refused.
+    At q = 0 both sides are zero and the step is accepted; a stationary step stays one. A q that cancels up to the
+    rounding of float32 gradients, ‖q‖ <= 4.8e-7 Σ_j |α_j| ‖g_j‖, counts as zero, in whichever dtype. With ε = 0 only a
+    direction against some task is refused, and a method that never gives one is left as it is: an inner product below
+    the bound by less than 1e-12 Σ_j |α_j| ‖g_j‖ ‖g_i‖ counts as rounding. A step that the wrapped method refuses stays
+    refused.
 
     Steps and refused steps are counted, for this epoch in ``refused_share`` and for the one before in
     ``last_refused_share``; an epoch ends with ``end_epoch()`` or after ``epoch_steps`` calls. If neither happens, the
-    count goes on and nothing else changes.
+    count goes on and nothing else changes. Where warnings are errors, the one about an epoch closed by ``epoch_steps``
+    undoes the step it comes in, as every error does; the next step closes that epoch and goes on.
 
-    When to use it: to see, or to avoid, steps that noise may have turned against a task. Cost: none of note beside the
-    task gradients.
+    When to use it: to see, or to avoid, steps that noise may have turned against a task. Cost: the task gradients, for
+    a method that does not take them anyway; beside them the test on the Gramian, some tenths of a millisecond however
+    many parameters there are.
 
     Args:
         method: any method that gives weights, for tasks or for blocks of parameters.
@@ -250,15 +276,16 @@ class Inexact(Guard):
             tasks, or one for each, by name or by position.
         refuse: ``all``: a refused step leaves every ``.grad`` as it was found. ``shared``: only the shared part stays
             where it is, and the heads move; the step then counts as accepted, its status is ``stationary`` and a note
-            says what was refused. The shared parameters are given a gradient of zero: momentum and weight decay of the
-            optimizer still move them.
+            says what was refused; there is no ``transform``. The shared parameters are given a gradient of zero:
+            momentum and weight decay of the optimizer still move them.
         epoch_steps: steps after which the guard itself ends an epoch of its counts; ``end_epoch()`` then goes to the
             wrapped method alone. None waits for ``end_epoch()``.
 
     Raises:
-        ValueError: a bound is negative or not finite (the task is named), or does not fit the tasks; an option is out
-            of range; the method gives only a direction.
-        TypeError: ``epsilon`` is no number, mapping or sequence.
+        ValueError: a bound is negative or not finite (the task is named), or does not fit the tasks; bounds by position
+            meet a saved state with the tasks in another order; an option is out of range; the method gives only a
+            direction.
+        TypeError: ``epsilon`` is no number, mapping or sequence, or holds something that is no number.
 
     Example:
         >>> import detente
@@ -318,7 +345,7 @@ def check_bounds(option: str, value: Bounds) -> float | dict[str, float] | tuple
 
     Raises:
         ValueError: one is negative or not finite; the option, and the task by name or position, is named.
-        TypeError: it is a text, or holds one.
+        TypeError: it is none of these, or holds something that is no number; named alike.
 
     Example:
         >>> check_bounds("epsilon", {"left": 0.1, "right": -0.1})
@@ -327,23 +354,35 @@ def check_bounds(option: str, value: Bounds) -> float | dict[str, float] | tuple
         ValueError: epsilon of task 'right' is -0.1; it must be a finite number >= 0.
     """
     if isinstance(value, Mapping):
-        named = {str(name): float(bound) for name, bound in value.items()}
-        for name, bound in named.items():
-            _check_bound(option, name, bound)
-        return named
-    if isinstance(value, str):
-        raise TypeError(f"option {option} is the text {value!r}; give a number, or one for each task.")
-    if np.ndim(value) == 0:
-        return number(option, value, least=0)  # type: ignore[arg-type]
-    listed = tuple(float(bound) for bound in value)  # type: ignore[union-attr]
-    for position, bound in enumerate(listed):
-        _check_bound(option, str(position), bound)
-    return listed
+        return {str(name): _bound(f"{option} of task {str(name)!r}", bound) for name, bound in value.items()}
+    several: Any = value  # also an array or a tensor of one dimension
+    listed = isinstance(several, np.ndarray | torch.Tensor) and several.ndim == 1
+    if listed or (isinstance(several, Sequence) and not isinstance(several, str | bytes)):
+        return tuple(
+            _bound(f"{option} of task '{position}'", bound) for position, bound in enumerate(several)
+        )
+    if not _is_number(value):
+        raise TypeError(
+            f"option {option} is {value!r}; give a finite number >= 0, or one for each task, as a mapping by name or a "
+            "sequence by position."
+        )
+    return number(option, float(several), least=0)
 
 
-def _check_bound(option: str, task: str, bound: float) -> None:
+def _bound(what: str, value: Any) -> float:
+    if not _is_number(value):
+        raise TypeError(f"{what} is {value!r}; it must be a finite number >= 0.")
+    bound = float(value)
     if not (np.isfinite(bound) and bound >= 0):
-        raise ValueError(f"{option} of task {task!r} is {bound}; it must be a finite number >= 0.")
+        raise ValueError(f"{what} is {bound}; it must be a finite number >= 0.")
+    return bound
+
+
+def _is_number(value: Any) -> bool:
+    """Also a numpy number and a tensor without dimensions, but neither a truth value nor a complex number."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return value.ndim == 0 and _is_number(value.item())
+    return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
 
 
 def _share(refused: torch.Tensor, steps: torch.Tensor) -> float | None:

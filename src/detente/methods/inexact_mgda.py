@@ -27,7 +27,8 @@ class InexactMGDA(Inexact):
     refused steps are counted, see ``refused_share`` and ``last_refused_share``; a count ends with ``end_epoch()`` or
     after ``epoch_steps`` calls, and goes on if neither happens.
 
-    When to use it: small batches, with a bound on the noise at hand or to be searched. Cost: as MGDA.
+    When to use it: small batches, with a bound on the noise at hand or to be searched. Cost: MGDA's, and the test on
+    the Gramian, which with few tasks takes about as long again as MGDA's own problem; neither grows with the network.
 
     Args:
         epsilon: >= 0, bounds on the error, in the unit of a gradient's length: one number for all tasks, or one for
@@ -39,9 +40,10 @@ class InexactMGDA(Inexact):
         normalize: as of ``mgda``; the test is made on the gradients as they are.
 
     Raises:
-        ValueError: a bound is negative or not finite (the task is named), or does not fit the tasks; another option is
-            out of range; a loss is not positive while ``normalize`` divides by it.
-        TypeError: ``epsilon`` is no number, mapping or sequence.
+        ValueError: a bound is negative or not finite (the task is named), or does not fit the tasks; bounds by position
+            meet a saved state with the tasks in another order; another option is out of range; a loss is not positive
+            while ``normalize`` divides by it.
+        TypeError: ``epsilon`` is no number, mapping or sequence, or holds something that is no number.
 
     Example:
         >>> import torch

@@ -102,14 +102,17 @@ class Gauge:
 
     def read(self) -> TaskBalance:
         """The record; cells nobody noted are 0."""
+        return self.read_beside(())[0]
+
+    def read_beside(self, scalars: Sequence[torch.Tensor]) -> tuple[TaskBalance, np.ndarray]:
+        """The record, and further scalars that go to the host in the same copy."""
         table = np.zeros((2, len(self.layers), len(self.tasks)))
-        if self._scalars:
-            (values,) = to_host([self._scalars])
-            for cell, value in zip(self._cells, values.tolist(), strict=True):
-                table[cell] = value
+        values, further = to_host([self._scalars, scalars])
+        for cell, value in zip(self._cells, values.tolist(), strict=True):
+            table[cell] = value
         gradients, contributions = (tuple(tuple(row) for row in kind.tolist()) for kind in table)
         sizes = tuple(layer.numel() for layer in self.layers)
-        return TaskBalance(self.tasks, self._names, sizes, gradients, contributions)
+        return TaskBalance(self.tasks, self._names, sizes, gradients, contributions), further
 
     def _note(self, kind: int, task: str, layer: torch.Tensor, mean: torch.Tensor) -> None:
         self._cells.append((kind, self._row[layer], self.tasks.index(task)))

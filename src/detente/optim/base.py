@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,54 +20,23 @@ from detente.autograd.reduce import Samples, losses_of_all, prepare
 from detente.autograd.where import Where
 from detente.methods import Method
 from detente.optim.balance import Gauge, TaskBalance
-from detente.optim.groups import Role, known_tasks, read_groups, task_names
-from detente.optim.kernels import Moments, Rule, real, subtract
+from detente.optim.groups import known_tasks, read_groups, task_names
+from detente.optim.kernels import Moments, alike, real, subtract
+from detente.optim.options import ROLES, check_options
+from detente.optim.parts import (
+    OwnMove,
+    Part,
+    Pass,
+    decay,
+    dense,
+    fresh_moments,
+    laid_out,
+    rule_of,
+    shrinkage,
+)
+from detente.optim.saved import check_kind, check_moments, fit
 from detente.optim.streams import Asked, altered, streamed
 from detente.values import StepRecord
-
-ROLES: tuple[Role, Role] = ("shared", "task-specific")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters that go through a kernel together: of one group, one count of gradients, one device and dtype.
-
-    Attributes:
-        group: their parameter group.
-        parameters: as the caller knows them.
-        moments: real tensors, in the order of the parameters.
-        states: where their moments are kept.
-    """
-
-    group: dict[str, Any]
-    parameters: list[torch.Tensor] = field(default_factory=list)
-    moments: Moments = field(default_factory=lambda: Moments([], [], [], 0))
-    states: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Pass:
-    """One step under way.
-
-    Attributes:
-        group_of: the group of every parameter.
-        gauge: collects contributions, None if nobody asked.
-        touched: shared parameters some task's moments took a gradient of, each with those tasks.
-        states: whose counters go up by one when the step is made.
-    """
-
-    group_of: dict[torch.Tensor, dict[str, Any]]
-    gauge: Gauge | None
-    touched: dict[torch.Tensor, list[str]] = field(default_factory=dict)
-    states: list[dict[str, Any]] = field(default_factory=list)
-
-    def groups(self) -> Iterable[tuple[dict[str, Any], list[torch.Tensor]]]:
-        """The touched parameters, group by group."""
-        found: dict[int, tuple[dict[str, Any], list[torch.Tensor]]] = {}
-        for parameter in self.touched:
-            group = self.group_of[parameter]
-            found.setdefault(id(group), (group, []))[1].append(parameter)
-        return found.values()
 
 
 class TaskOptimizer(torch.optim.Optimizer, ABC):
@@ -82,7 +50,12 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         tasks: names, a count, or None to learn them from the losses.
         defaults: options of every group.
         transform: a method whose altered gradients are taken instead of the given ones, or None.
+
+    Attributes:
+        takes_transform: True if a class has the option ``transform``.
     """
+
+    takes_transform: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -92,6 +65,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         defaults: dict[str, Any],
         transform: Method | None = None,
     ) -> None:
+        self._check_options(defaults)
         self.tasks = task_names(tasks)
         self.transform = transform
         self.balance: TaskBalance | None = None
@@ -118,6 +92,10 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _settle(self, current: Pass) -> None:
         """Move the shared parameters that were touched, once."""
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """See that a group's options are in range; a subclass looks at its own as well."""
+        check_options(options)
 
     # ---- what everybody calls
 
@@ -151,8 +129,9 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             ValueError: a loss is not a finite scalar with a graph, a task is unknown, no loss reaches a shared
-                parameter: nothing was changed. Or a gradient is not finite: parameters and counters are unchanged,
-                and the message says which tasks' moments have already advanced (with ``transform``, none).
+                parameter, a parameter has another shape than its moments: nothing was changed. Or a gradient is not
+                finite: parameters and counters are unchanged, and the message says which tasks' moments have already
+                advanced (with ``transform``, none).
             TypeError: a closure was given instead of losses.
 
         Example:
@@ -174,6 +153,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         shared, specific = (
             [parameter for parameter, group in group_of.items() if group["role"] == role] for role in ROLES
         )
+        self._check_moments(group_of)
         ranks, reduction = ranks_of(process_group), None
         if ranks is None:
             names, scalars = named_losses(losses)
@@ -195,6 +175,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             shared,
             specific,
             self._name_of,
+            self._remembers,
             reduction,
         )
         self.balance = None
@@ -211,19 +192,11 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             record, source = altered(asked, self.transform, self._workspace, own)
         notes = list(record.notes)
         if record.accepted:
-            for name, gradients in source:
-                if shared and not gradients:
-                    notes.append(f"task {name!r} reaches no shared parameter")
-                self._take(name, gradients, current)
-                del gradients  # held here, they would live through the next backward
-            if not current.touched and (shared or not own):
-                raise ValueError(
-                    f"no loss reaches any of the {len(shared) or len(specific)} "
-                    f"{'shared' if shared else 'task-specific'} parameters of this optimizer. Are they of another "
-                    "model, or was the graph detached? Nothing was changed."
-                )
-            self._settle(current)
-            self._move_own(own, current)
+            try:
+                notes += self._advance(source, own, current, held=record.status == "stationary")
+            except BaseException:
+                self._forget(current)
+                raise
             for state in current.states:
                 state["step"] += 1
             self.tasks = tasks
@@ -238,7 +211,9 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
                 ``task-specific``.
 
         Raises:
-            ValueError: an option is out of range, the role is unknown, or a parameter is in a group already.
+            ValueError: an option is out of range, the role is unknown, ``params`` is missing, or a parameter is in a
+                group already.
+            TypeError: an option is no number, or ``param_group`` no mapping.
 
         Example:
             >>> import detente.optim
@@ -247,11 +222,18 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             >>> [group["lr"] for group in optimizer.param_groups]
             [0.001, 0.1]
         """
+        if not isinstance(param_group, Mapping):
+            raise TypeError(
+                f"a parameter group is a mapping with params and options, got {type(param_group).__name__}."
+            )
+        if "params" not in param_group:
+            raise ValueError("a parameter group needs params: its parameters or modules.")
         groups, named = read_groups(param_group, "params", param_group.get("role", ROLES[0]))
         (group,) = groups
-        check_options({**self.defaults, **group})
+        self._check_options({**self.defaults, **group})
+        self._check_new(group, named)
         super().add_param_group(group)
-        self._name((name, parameter) for name, parameter in named if parameter not in self._names)
+        self._name(named)
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, moments and counters as ``torch.optim`` saves them, with the tasks and the transform's state.
@@ -274,8 +256,9 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             state_dict: of an optimizer of this class, for the same groups of parameters.
 
         Raises:
-            ValueError: it is of another class, other tasks or other groups, or with another transform. Nothing was
-                changed.
+            ValueError: it is incomplete, of another class, other tasks, other groups or parameters of other shapes, or
+                with another transform. Nothing was changed.
+            TypeError: it is no mapping.
 
         Example:
             >>> import detente.optim
@@ -286,11 +269,8 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             >>> second.tasks
             ('a',)
         """
-        kind, tasks, method = (state_dict.get(key) for key in ("optimizer", "tasks", "transform"))
-        if kind != type(self).__name__:
-            raise ValueError(
-                f"the saved state is of {kind or 'another optimizer'}, not of {type(self).__name__}."
-            )
+        check_kind(state_dict, type(self).__name__)
+        tasks, method = state_dict.get("tasks"), state_dict.get("transform")
         if self._closed and tasks is not None and tuple(tasks) != self.tasks:
             raise ValueError(
                 f"the saved state is for tasks {', '.join(tasks)}; this optimizer was created for "
@@ -300,16 +280,18 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             raise ValueError(
                 f"the state was saved {'without' if method is None else 'with'} transform=; create the optimizer alike."
             )
-        roles = [group.get("role") for group in state_dict["param_groups"]]
-        if roles != [group["role"] for group in self.param_groups]:
-            raise ValueError(
-                f"the saved state has groups with the roles {', '.join(map(str, roles))}; this optimizer has "
-                f"{', '.join(group['role'] for group in self.param_groups)}."
-            )
+        check_moments(state_dict, self.param_groups, self._name_of)
+        for group in state_dict["param_groups"]:
+            self._check_options(group)
         if self.transform is not None and method is not None:
             deepcopy(self.transform).load_state_dict(method)  # fails here if it fails
         # Otherwise the moments would be the very tensors of the saved state, and of every optimizer loaded from it.
         super().load_state_dict(deepcopy(state_dict))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                kept = self.state.get(parameter, {})
+                for moments in [kept] if group["role"] == ROLES[1] else kept.values():
+                    fit(parameter, moments)
         if self.transform is not None and method is not None:
             self.transform.load_state_dict(method)
         if not self._closed:
@@ -323,7 +305,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         super().__setstate__(state)
         self._workspace = Memory()
 
-    # ---- for subclasses
+    # ---- moments and moves
 
     def _parts(self, gradients: Gradients, current: Pass, task: str | None) -> Iterable[Part]:
         """One task's gradients beside its moments (those of a task-specific parameter for None), kernel by kernel."""
@@ -331,46 +313,132 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         for parameter, gradient in gradients:
             group = current.group_of[parameter]
             state = self.state[parameter]
-            if task is None:
-                if not state:
-                    state.update(fresh_moments(parameter))
-            else:
+            if task is not None:
                 state = state.setdefault(task, {})
-                if not state:
-                    state.update(self._fresh(parameter, group))
                 current.touched.setdefault(parameter, []).append(task)
-            square = real(state["exp_avg_sq"])
+            if not state:
+                current.born.append((parameter, task))
+                state.update(fresh_moments(parameter) if task is None else self._fresh(parameter, group))
+            square, found_here = real(state["exp_avg_sq"]), dense(gradient)
+            if found_here.shape != square.shape:
+                raise self._misfit(parameter)
             key = (id(group), state["step"], square.device, square.dtype)
             part = found.get(key)
             if part is None:
                 part = found[key] = Part(group, moments=Moments([], [], [], state["step"] + 1))
             part.parameters.append(parameter)
             part.states.append(state)
-            part.moments.gradients.append(_laid_out(gradient, square))
+            part.moments.gradients.append(laid_out(found_here, square))
             part.moments.exp_avg_sqs.append(square)
             if "exp_avg" in state:
                 part.moments.exp_avgs.append(real(state["exp_avg"]))
             current.states.append(state)
         return found.values()
 
-    def _move_own(self, own: dict[torch.Tensor, torch.Tensor], current: Pass) -> None:
-        """Plain Adam with decoupled weight decay, as torch.optim.AdamW."""
+    def _prepare_own(self, own: dict[torch.Tensor, torch.Tensor], current: Pass) -> list[OwnMove]:
+        """What the task-specific parameters need to move; whatever can fail fails here, before anything moves."""
+        moves = []
         for part in self._parts(list(own.items()), current, None):
-            parameters = [real(parameter) for parameter in part.parameters]
-            decay(parameters, part.group)
-            squares = part.moments.exp_avg_sqs
-            # The kernel runs through memory: a parameter that lies there in another way is moved by way of a copy.
-            aside = [
-                None if tensor.stride() == square.stride() else torch.zeros_like(square)
-                for tensor, square in zip(parameters, squares, strict=True)
+            # The kernel runs through memory and knows one dtype: a parameter that lies there in another way, or was
+            # cast after its moments were made, is moved by way of zeros beside it.
+            targets = [
+                tensor if alike(tensor, square) else torch.zeros_like(square)
+                for tensor, square in zip(map(real, part.parameters), part.moments.exp_avg_sqs, strict=True)
             ]
-            targets = [t if copy is None else copy for t, copy in zip(parameters, aside, strict=True)]
-            subtract(rule_of(part.group, "adam"), part.moments, targets)
-            for parameter, tensor, copy in zip(part.parameters, parameters, aside, strict=True):
-                if copy is not None:
-                    tensor.add_(copy)
+            moves.append(OwnMove(part, rule_of(part.group, "adam"), shrinkage(part.group), targets))
+        return moves
+
+    def _move_own(self, moves: Iterable[OwnMove]) -> None:
+        """Plain Adam with decoupled weight decay, as torch.optim.AdamW."""
+        for move in moves:
+            parameters = [real(parameter) for parameter in move.part.parameters]
+            decay(parameters, move.shrinkage)
+            subtract(move.rule, move.part.moments, move.targets)
+            for parameter, tensor, target in zip(move.part.parameters, parameters, move.targets, strict=True):
+                if not alike(tensor, target):
+                    tensor.add_(target)
                 # A fused kernel does not tell autograd; a graph that still holds the old values must not be walked.
                 torch.autograd.graph.increment_version(parameter)
+
+    # ---- private
+
+    def _advance(
+        self,
+        source: Iterable[tuple[str, Gradients]],
+        own: dict[torch.Tensor, torch.Tensor],
+        current: Pass,
+        *,
+        held: bool,
+    ) -> list[str]:
+        """Take every task's gradients, then move; the notes. ``held``: the shared parameters may stay."""
+        notes = []
+        shared = any(group["role"] == ROLES[0] for group in current.group_of.values())
+        for name, gradients in source:
+            if shared and not gradients:
+                notes.append(f"task {name!r} reaches no shared parameter")
+            self._take(name, gradients, current)
+            del gradients  # held here, they would live through the next backward
+        if not current.touched and not held and (shared or not own):
+            kind = ROLES[0 if shared else 1]
+            count = sum(group["role"] == kind for group in current.group_of.values())
+            raise ValueError(
+                f"no loss reaches any of the {count} {kind} parameters of this optimizer. Are they of another model, "
+                "or was the graph detached? Nothing was changed."
+            )
+        moves = self._prepare_own(own, current)
+        self._settle(current)
+        self._move_own(moves)
+        return notes
+
+    def _forget(self, current: Pass) -> None:
+        """Drop the moments that a failed step made: they may be of a task whose name was mistyped."""
+        for parameter, task in current.born:
+            if task is None:
+                del self.state[parameter]
+                continue
+            self.state[parameter].pop(task, None)
+            if not self.state[parameter]:
+                del self.state[parameter]
+
+    def _remembers(self, task: str) -> bool:
+        """Whether a task has moments from earlier steps."""
+        states = (
+            self.state.get(p, {}) for g in self.param_groups if g["role"] == ROLES[0] for p in g["params"]
+        )
+        return any(task in kept and kept[task]["step"] > 0 for kept in states)
+
+    def _check_moments(self, group_of: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
+        """See that parameters still have the shape and device of their moments: kernels do not look."""
+        for parameter, group in group_of.items():
+            kept = self.state.get(parameter)
+            if not kept:
+                continue
+            shape, device = parameter.shape, parameter.device
+            for moments in [kept] if group["role"] == ROLES[1] else kept.values():
+                square = moments["exp_avg_sq"]
+                if square.shape != shape or moments.get("exp_avg", square).shape != shape:
+                    raise self._misfit(parameter)
+                if square.device != device:
+                    raise ValueError(
+                        f"parameter {self._name_of(parameter)} is on {device}, and its moments on {square.device}. Let "
+                        "them follow with optimizer.load_state_dict(optimizer.state_dict()). Nothing was changed."
+                    )
+
+    def _misfit(self, parameter: torch.Tensor) -> ValueError:
+        return ValueError(
+            f"parameter {self._name_of(parameter)} has another shape than its moments or its gradient. Make a new "
+            "optimizer, or delete optimizer.state[parameter], and compute the losses after the change. The parameters "
+            "were not changed."
+        )
+
+    def _check_new(self, group: Mapping[str, Any], named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        role_of = {parameter: old["role"] for old in self.param_groups for parameter in old["params"]}
+        for name, parameter in named:
+            if parameter in role_of:
+                raise ValueError(
+                    f"parameter {self._names.get(parameter, name)} is in two groups, as {role_of[parameter]} and as "
+                    f"{group['role']}: give every parameter once. A module holds the parameters of those inside it."
+                )
 
     def _name_of(self, parameter: torch.Tensor) -> str:
         return self._names[parameter]
@@ -378,77 +446,13 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
     def _name(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         taken = set(self._names.values())
         for name, parameter in named:
+            if parameter in self._names:
+                continue
             unique, number = name, 2
             while unique in taken:
                 unique, number = f"{name} #{number}", number + 1
             taken.add(unique)
             self._names[parameter] = unique
-
-
-def fresh_moments(parameter: torch.Tensor) -> dict[str, Any]:
-    """Zero moments in the parameter's layout; the counter is a plain number.
-
-    Example:
-        >>> fresh_moments(torch.ones(2))
-        {'step': 0, 'exp_avg': tensor([0., 0.]), 'exp_avg_sq': tensor([0., 0.])}
-    """
-    return {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-
-
-def rule_of(group: Mapping[str, Any], form: Any) -> Rule:
-    """The numbers of a group, as they are now: schedulers change them."""
-    beta1, beta2 = group["betas"]
-    return Rule(form, float(group["lr"]), float(beta1), float(beta2), float(group["eps"]))
-
-
-def decay(parameters: list[torch.Tensor], group: Mapping[str, Any]) -> None:
-    """Decoupled weight decay: shrink by learning rate times weight decay, in place."""
-    if group["weight_decay"]:
-        torch._foreach_mul_(parameters, 1 - float(group["lr"]) * float(group["weight_decay"]))
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """See that a group's options are in range.
-
-    Raises:
-        ValueError: one is not; it is named.
-
-    Example:
-        >>> check_options({"lr": -1.0})
-        Traceback (most recent call last):
-        ...
-        ValueError: option lr is -1.0; give a finite number >= 0.
-    """
-    for name in ("lr", "eps", "weight_decay"):
-        value = options.get(name, 0.0)
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"option {name} is {value}; give a finite number >= 0.")
-    betas = options.get("betas", (0.0, 0.0))
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"option betas is {betas}; give two numbers in [0, 1).")
-    if options.get("role", ROLES[0]) not in ROLES:
-        raise ValueError(f"option role is {options['role']!r}; give one of {', '.join(ROLES)}.")
-
-
-def one_of(option: str, value: Any, allowed: Sequence[str]) -> Any:
-    """``value`` if it is among the allowed ones.
-
-    Raises:
-        ValueError: it is not; the option is named.
-    """
-    if value not in allowed:
-        raise ValueError(f"option {option} is {value!r}; give one of {', '.join(allowed)}.")
-    return value
-
-
-def _laid_out(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A gradient as a real tensor with the strides of ``like``; autograd may hand out any, expanded ones included."""
-    if gradient.layout is not torch.strided:
-        gradient = gradient.to_dense()
-    gradient = real(gradient)
-    if gradient.stride() == like.stride() and gradient.dtype == like.dtype:
-        return gradient
-    return torch.empty_like(like).copy_(gradient)
 
 
 def _check_call(losses: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-Role = Literal["shared", "task-specific"]
+from detente.optim.options import Role
 
 
 def read_groups(

@@ -7,11 +7,14 @@ offer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from detente.autograd.host import to_host
 
 Form = Literal["adam", "none", "paper", "sgd"]
 
@@ -67,6 +70,20 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if a kernel may walk through the memory of both side by side.
+
+    Example:
+        >>> alike(torch.zeros(2, 3), torch.zeros(3, 2).t())
+        False
+    """
+    return one.shape == other.shape and (one.stride(), one.dtype, one.device) == (
+        other.stride(),
+        other.dtype,
+        other.device,
+    )
+
+
 def can_fuse(tensor: torch.Tensor) -> bool:
     """True if torch's fused kernel takes such a tensor."""
     return tensor.device.type in _FUSED_DEVICES and tensor.dtype in _FUSED_TYPES
@@ -113,6 +130,7 @@ def subtract(rule: Rule, moments: Moments, targets: list[torch.Tensor]) -> None:
     advance(rule, moments)
     for few, numerators, denominators, factor in _quotients(rule, moments):
         torch._foreach_addcdiv_(targets[few], numerators, denominators, -factor)
+        del denominators  # held here, they would live beside the next ones
 
 
 def advance(rule: Rule, moments: Moments) -> None:
@@ -141,8 +159,10 @@ def contribution_means(rule: Rule, moments: Moments) -> list[torch.Tensor]:
     """
     found: list[torch.Tensor] = []
     for _, numerators, denominators, factor in _quotients(rule, moments):
-        quotients = torch._foreach_div(numerators, denominators)
-        found += [mean_size(quotient) * abs(factor) for quotient in quotients]
+        for numerator, denominator in zip(numerators, denominators, strict=True):
+            found.append(mean_size(torch.div(numerator, denominator, out=denominator)) * abs(factor))
+            del denominator
+        del denominators
     return found
 
 
@@ -156,6 +176,76 @@ def mean_size(tensor: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     total: torch.Tensor = torch.linalg.vector_norm(tensor, ord=1, dtype=dtype)
     return total / max(tensor.numel(), 1)
+
+
+def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Euclidean lengths of real tensors with finite entries, on the host, in one copy unless one is doubtful.
+
+    In single precision the squares of entries beyond 1e19 overflow and those below 1e-19 vanish; tensors with such a
+    length are divided by their largest entry first.
+
+    Example:
+        >>> norms([torch.tensor([3.0, 4.0]), torch.tensor([3e30, 4e30]), torch.zeros(2)])
+        [5.0, 5.0...e+30, 0.0]
+    """
+    if not tensors:
+        return []
+    (found,) = to_host([_norms(tensors)])
+    lengths: list[float] = found.tolist()
+    doubtful = [
+        place
+        for place, (tensor, length) in enumerate(zip(tensors, lengths, strict=True))
+        if not _trusted(tensor) <= length < float("inf")
+    ]
+    if doubtful:
+        (largest,) = to_host([[largest_entry(tensors[place]) for place in doubtful]])
+        places = [(place, size) for place, size in zip(doubtful, largest.tolist(), strict=True) if size]
+        (parts,) = to_host([[norm for place, size in places for norm in _norms([tensors[place] / size])]])
+        for (place, size), part in zip(places, parts.tolist(), strict=True):
+            lengths[place] = size * part
+    return lengths
+
+
+def largest_entry(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest absolute entry of a real tensor as a scalar on its device; 0 for an empty one.
+
+    Example:
+        >>> largest_entry(torch.tensor([1.0, -3.0]))
+        tensor(3.)
+    """
+    if not tensor.numel():
+        return tensor.new_zeros(())
+    found: torch.Tensor = torch.linalg.vector_norm(tensor, ord=float("inf"))
+    return found
+
+
+def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """``factor`` times a real tensor, also where the factor alone is out of its dtype's range.
+
+    Example:
+        >>> scaled(torch.tensor([1e-30]), 1e40)
+        tensor([1.0000e+10])
+    """
+    limits = torch.finfo(torch.promote_types(tensor.dtype, torch.float32))
+    if limits.tiny <= factor <= limits.max or factor == 0:
+        return tensor * factor
+    root = math.sqrt(factor)
+    return (tensor * root).mul_(root)
+
+
+def _norms(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    if all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors):
+        return list(torch._foreach_norm(list(tensors)))  # one launch for many tensors
+    return [
+        torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        for tensor in tensors
+    ]
+
+
+def _trusted(tensor: torch.Tensor) -> float:
+    """The least length whose squares lose nothing to the smallest numbers there are."""
+    limits = torch.finfo(torch.promote_types(tensor.dtype, torch.float32))
+    return math.sqrt(limits.tiny / limits.eps)
 
 
 def _quotients(
@@ -181,6 +271,7 @@ def _quotients(
             "sgd": rule.lr,
         }[rule.form]
         yield few, numerators[few], denominators, factor
+        del denominators
 
 
 def _groups(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast, final
+from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 
 from detente.autograd.flat import Gradients
 from detente.methods import Method
-from detente.optim.base import (
-    Part,
-    Pass,
-    TaskOptimizer,
-    check_options,
-    decay,
-    fresh_moments,
-    one_of,
-    rule_of,
-)
-from detente.optim.kernels import Form, contribution_means, mean_size, real, subtract
+from detente.optim.base import TaskOptimizer
+from detente.optim.kernels import Form, alike, contribution_means, mean_size, real, subtract
+from detente.optim.options import one_of
+from detente.optim.parts import Part, Pass, decay, fresh_moments, rule_of, shrinkage
 
 
 @final
@@ -48,7 +41,9 @@ class MAO(TaskOptimizer):
 
     Cost: a forward and T backwards per step, memory for 2 T P numbers of state, P numbers for the update and one task's
     gradient at a time, P being the number of shared entries; gradients of task-specific parameters are held to the end
-    of the step, and ``.grad`` is not used. Every task's gradient is looked at for NaN, which waits for the device.
+    of the step, and ``.grad`` is not used. Measuring contributions, and every form but ``bias_correction="adam"``, hold
+    a denominator beside that, of the largest tensor or of some tensors with a million entries together. Every task's
+    gradient is looked at for NaN, which waits for the device.
     With ``transform`` T P more, kept from step to step, and one altered gradient; a method alters all of them or none,
     so they must be there together.
 
@@ -71,17 +66,19 @@ class MAO(TaskOptimizer):
             momentum, no correction (the first steps are 1 / √(1 - β2) times η, 32 by default), a floor of √ε.
         bias_correction: of ``variant="adam"``: ``adam``; ``paper``: the literal equations 8 and 10; ``none``.
         transform: a detente method that alters the task gradients before they are averaged (PCGrad then MAO). A step
-            it refuses leaves everything as it was. Call its hooks (``end_epoch``) yourself if it has any; its state is
+            it refuses leaves everything as it was; one of which a guard refuses the shared part moves the task-specific
+            parameters alone. Call its hooks (``end_epoch``) yourself if it has any; its state is
             saved with this optimizer's.
 
     Attributes:
         tasks: the tasks known so far, None before the first step.
         transform: as given.
+        takes_transform: True.
         balance: a :class:`~detente.optim.TaskBalance` after ``step(losses, measure=True)``, None after other steps.
 
     Raises:
         ValueError: an option is out of range, or there are no parameters.
-        TypeError: parameters, tasks or transform are of the wrong kind.
+        TypeError: parameters, tasks, transform or the value of an option are of the wrong kind.
 
     Example:
         >>> trunk, heads = torch.nn.Linear(4, 8), torch.nn.ModuleDict({n: torch.nn.Linear(8, 1) for n in "ab"})
@@ -91,6 +88,8 @@ class MAO(TaskOptimizer):
         >>> record.accepted, optimizer.tasks
         (True, ('a', 'b'))
     """
+
+    takes_transform: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -106,19 +105,22 @@ class MAO(TaskOptimizer):
         transform: Method | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        check_options(defaults)
-        defaults["variant"] = one_of("variant", variant, ("adam", "sgd"))
-        defaults["bias_correction"] = one_of("bias_correction", bias_correction, ("adam", "paper", "none"))
         if transform is not None and not isinstance(transform, Method):
             raise TypeError(
                 f"transform is a {type(transform).__name__}; give a method from detente.create()."
             )
         self._updates: dict[torch.Tensor, torch.Tensor] = {}
-        super().__init__(shared, task_specific, tasks, defaults, transform)
+        forms = {"variant": variant, "bias_correction": bias_correction}
+        super().__init__(shared, task_specific, tasks, {**defaults, **forms}, transform)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._updates = {}
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        super()._check_options(options)
+        one_of("variant", options.get("variant", "adam"), ("adam", "sgd"))
+        one_of("bias_correction", options.get("bias_correction", "adam"), ("adam", "paper", "none"))
 
     def _fresh(self, parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         moments = fresh_moments(parameter)
@@ -142,7 +144,7 @@ class MAO(TaskOptimizer):
     def _settle(self, current: Pass) -> None:
         for group, parameters in current.groups():
             moving = [real(parameter) for parameter in parameters]
-            decay(moving, group)
+            decay(moving, shrinkage(group))
             torch._foreach_add_(moving, [self._updates[parameter] for parameter in parameters])
 
     def _targets(self, part: Part, seen: set[torch.Tensor]) -> list[torch.Tensor]:
@@ -153,8 +155,11 @@ class MAO(TaskOptimizer):
         targets, again = [], []
         for parameter, square in zip(part.parameters, part.moments.exp_avg_sqs, strict=True):
             update = self._updates.get(parameter)
-            if update is None or not _alike(update, square):
-                update = self._updates[parameter] = torch.zeros_like(square)
+            if update is None or not alike(update, square):
+                fresh = torch.zeros_like(square)
+                if update is not None and parameter in seen:
+                    fresh.copy_(update)  # the moments of a task before are of another dtype
+                update = self._updates[parameter] = fresh
             elif parameter not in seen:
                 again.append(update)
             targets.append(update)
@@ -165,11 +170,3 @@ class MAO(TaskOptimizer):
 
 def _form(group: Mapping[str, Any]) -> Form:
     return "sgd" if group["variant"] == "sgd" else cast(Form, group["bias_correction"])
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and (one.stride(), one.dtype, one.device) == (
-        other.stride(),
-        other.dtype,
-        other.device,
-    )

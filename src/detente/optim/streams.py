@@ -33,6 +33,7 @@ class Asked:
         losses: T finite scalars with their graph.
         shared, specific: parameters by their role.
         name_of: gives a parameter's name, for messages.
+        remembers: whether a task has moments from earlier steps, for messages.
         reduction: on several processes, what makes the whole of the ranks' parts.
     """
 
@@ -41,6 +42,7 @@ class Asked:
     shared: Sequence[torch.Tensor]
     specific: Sequence[torch.Tensor]
     name_of: Callable[[torch.Tensor], str]
+    remembers: Callable[[str], bool]
     reduction: Reduction | None = None
 
 
@@ -75,6 +77,7 @@ def altered(
 ) -> tuple[StepRecord, Iterator[tuple[str, Gradients]]]:
     """The record of what a method makes of the task gradients, and task by task the altered ones.
 
+    A step it refuses has no gradients at all, and a stationary one without a transform none of the shared parameters.
     The matrix [T, P] of all task gradients is held, and one altered row at a time.
 
     Args:
@@ -104,7 +107,9 @@ def altered(
     with undone_on_failure(method):
         combination = method.combine(taken.gradients)
         transform = combination.transform
-        if transform is None and combination.accepted:
+        # Something else than the gradients, a guard, may keep the shared parameters where they are.
+        held = transform is None and combination.status == "stationary" and taken.gradients.gramian.any()
+        if transform is None and combination.accepted and not held:
             if taken.gradients.gramian.any():
                 raise ValueError(
                     f"transform={method.declares.name} gives no altered gradient for each task in this step; it "
@@ -113,10 +118,12 @@ def altered(
                 )
             transform = torch.eye(len(asked.names), dtype=torch.float64)  # of zeros there is nothing to alter
     record = replace(record_of(taken.gradients, combination), weights=None)
-    if transform is None or not combination.accepted:
+    if not combination.accepted:
         return record, iter(())
     for parameter, gradient in graph.own_gradients():
         own[parameter] = own[parameter] + gradient if parameter in own else gradient
+    if transform is None:
+        return record, iter(())
     jacobian, factors = taken.gradients.jacobian, transform
     assert jacobian is not None
 
@@ -165,16 +172,26 @@ def _check(asked: Asked, place: int, gradients: Gradients) -> None:
     if fine.all():
         return
     where = asked.name_of(gradients[int(np.argmin(fine))][0])
-    before = asked.names[:place]
-    state = "Nothing was changed."
-    if before:
-        state = (
-            f"Parameters, step counters and the moments of this task are as they were; the moments of "
-            f"{_tasks(before)}, whose backward came first, have already taken in their gradient of this step."
-        )
+    state = standing(asked.names[:place], asked.remembers)
     raise ValueError(
         f"the gradient of task {asked.names[place]!r} is not finite (NaN or Inf), first in {where}. {state} Look for a "
         "division by zero, a logarithm of zero, or a learning rate too high for this task."
+    )
+
+
+def standing(before: Sequence[str], remembers: Callable[[str], bool]) -> str:
+    """What a step has changed that fails at one task's gradient, after those of the tasks ``before`` were taken in.
+
+    Example:
+        >>> standing(["a", "new"], {"a"}.__contains__).partition("; ")[2][:29]
+        "the moments of task 'a', whos"
+    """
+    before = [name for name in before if remembers(name)]  # the moments of others are dropped again
+    if not before:
+        return "Nothing was changed."
+    return (
+        f"Parameters, step counters and the moments of this task are as they were; the moments of "
+        f"{_tasks(before)}, whose backward came first, have already taken in their gradient of this step."
     )
 
 

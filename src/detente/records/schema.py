@@ -8,6 +8,17 @@ A run folder holds one training run::
     samples.npz     a few test images with labels and predictions
     result.json     written last: its presence marks a finished run
 
+A row of ``epochs.jsonl`` holds, beside epoch, step, seconds and learning rate:
+
+    train_loss      task to its mean loss over the examples of the batches it was present in; a task that was absent
+                    from every batch is left out
+    validation      task to metric to value on validation data
+    search          of a line search: steps, trials, first lengths taken, capped steps, checks and failures of the epoch
+    refused         how many steps were refused and moved nothing
+    method          what the method has to say, if anything. A guard tells ``refused_share``, the share of the steps it
+                    refused, those included in which only the shared part stayed where it was (``refuse="shared"``);
+                    ``refused`` does not count those, since the heads moved
+
 Reading is tolerant towards keys it does not know (a later version may add some) and strict about
 those it needs.
 """

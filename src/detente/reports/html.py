@@ -250,8 +250,23 @@ def _state(run: Run) -> str:
     refused = sum(row["refused"] for row in run.epochs if isinstance(row.get("refused"), int))
     if refused:
         parts.append(f"{refused} steps refused in all")
+    share = _guarded_share(run)
+    if share:
+        parts.append(f"refused by the guard: {100 * share:.3g} % of the steps, or of their shared parts")
     parts.append(f"folder {run.path.name}")
     return ", ".join(parts)
+
+
+def _guarded_share(run: Run) -> float | None:
+    """The mean over the epochs, each by its steps, of the share that a guard says it refused; None without a guard."""
+    refused = steps = last = 0.0
+    for row in run.epochs:
+        told = row.get("method")
+        share = told.get("refused_share") if isinstance(told, dict) else None
+        if isinstance(share, int | float):
+            refused, steps = refused + share * (row["step"] - last), steps + row["step"] - last
+        last = row["step"]
+    return refused / steps if steps else None
 
 
 def _summary(studies: Sequence[Study]) -> str:

@@ -124,7 +124,7 @@ def backward(
     ranks = ranks_of(process_group)
     where = Where.given(features, shared, task_specific, solve_on)
     info = info_of(method)
-    workspace: Memory = method.__dict__.setdefault("workspace", Memory())
+    workspace = Memory.of(method)
     if heads is None:
         heads = info.heads
     step = prepare(

@@ -7,7 +7,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:  # what may be left out is a number for whoever reads it
+    _Filled: TypeAlias = float
+else:
+    _Filled = float | None
+
+CHECK_EVERY = 7
+"""Steps of the fast search from one look at the network itself to the next: often enough to tell, and with no period
+that the batches of an epoch are likely to have."""
+
+_SEARCH_ONLY = (
+    "search_gamma",
+    "search_c",
+    "search_trials",
+    "search_check",
+    "search_small_step",
+    "search_lower",
+    "search_precondition",
+)
 
 
 @dataclass(frozen=True)
@@ -44,12 +63,21 @@ class TrainingConfig:
     """Share of the predicted decrease that a trial must reach."""
     search_trials: int = 20
     """Trials of one search."""
-    search_check: int = 0
-    """With the fast search: look at every so many steps whether the condition holds for the network itself."""
+    search_check: int | None = None
+    """With the fast search: look after every so many steps whether the condition holds for the network itself, and warn
+    where it often does not. Left out, after every 7th; 0 never."""
+    search_small_step: float | None = None
+    """Length of the constant step where some loss does not fall along the direction; left out, such a step is an
+    error."""
+    search_lower: Literal["none", "cap", "divided"] = "none"
+    """Divide the first length after ten searches in a row that found none (cap), or that needed more than one trial
+    (divided)."""
+    search_precondition: Literal["none", "adam", "rmsprop", "adagrad"] = "none"
+    """With backtracking: divide the directions by the running moments of that optimizer."""
     learning_rate: float = 0.01
-    """Learning rate at the start."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
+    """Learning rate at the start; with a search the first length that is tried."""
+    momentum: _Filled = None  # type: ignore[assignment]
+    """Momentum of SGD. Left out, 0.9, and 0 with a search."""
     nesterov: bool = False
     """Nesterov momentum for SGD."""
     weight_decay: float = 0.0
@@ -76,6 +104,11 @@ class TrainingConfig:
     """Save a checkpoint at least this often within an epoch (one is always saved at its end)."""
 
     def __post_init__(self) -> None:
+        # What was left out is stored as the number it stands for, so that the record of a run tells it.
+        if self.momentum is None:
+            object.__setattr__(self, "momentum", 0.9 if self.search == "none" else 0.0)
+        if self.search_check is None:
+            object.__setattr__(self, "search_check", CHECK_EVERY if self.search == "fast" else 0)
         for name in ("epochs", "batch_size", "selection_k", "record_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -83,8 +116,52 @@ class TrainingConfig:
             raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1.")
         if self.halve_every < 0:
             raise ValueError(f"halve_every is {self.halve_every}; it must be 0 (never) or more.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive and finite.")
+        self._check_search()
+
+    def _check_search(self) -> None:
+        if self.search == "none":
+            for name in _SEARCH_ONLY:
+                if getattr(self, name) != _without_search(type(self), name):
+                    raise ValueError(f"{name} is {getattr(self, name)!r}; it needs a search, see --search.")
+            return
+        if not 1 < self.search_gamma < math.inf:
+            raise ValueError(f"search_gamma is {self.search_gamma}; it must be finite and greater than 1.")
+        if not 0 < self.search_c < 1:
+            raise ValueError(f"search_c is {self.search_c}; it must lie between 0 and 1.")
+        if self.search_trials < 1:
+            raise ValueError(f"search_trials is {self.search_trials}; it must be at least 1.")
+        if self.search_small_step is not None and not 0 < self.search_small_step < math.inf:
+            raise ValueError(
+                f"search_small_step is {self.search_small_step}; it must be positive and finite."
+            )
+        if self.search_check is not None and self.search_check < 0:
+            raise ValueError(f"search_check is {self.search_check}; it must be 0 (never) or more.")
+        if self.search_check and self.search != "fast":
+            raise ValueError(
+                f"search_check is {self.search_check}; only the fast search needs a check, {self.search} tries every "
+                "length on the network itself."
+            )
+        if self.search_precondition != "none" and self.search != "backtracking":
+            raise ValueError(
+                f"search_precondition is {self.search_precondition}; the entries of a representation belong to other "
+                "examples in every step, so that moments of them mean nothing: use --search backtracking."
+            )
+        plain = {"optimizer": "sgd", "momentum": 0, "nesterov": False, "weight_decay": 0, "scale": "native"}
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; search {self.search} takes plain steps along the method's "
+                    "direction: use optimizer sgd, momentum 0, no nesterov, weight_decay 0 and scale native."
+                )
+        needed = "features" if self.search == "fast" else "exact"
+        if self.gradients != needed:
+            raise ValueError(f"gradients is {self.gradients}; search {self.search} needs gradients {needed}.")
+        if self.balance:
+            raise ValueError(
+                "balance follows from the moments of an optimizer of Adam's kind: use it without a search."
+            )
 
     def baselines(self, tasks: Sequence[str]) -> dict[str, float]:
         """The single-task baselines by task; empty unless the rule delta-m asks for them.
@@ -128,6 +205,10 @@ class TrainingConfig:
             except (ValueError, SyntaxError):
                 options[name] = value
         return options
+
+
+def _without_search(kind: type[TrainingConfig], name: str) -> Any:
+    return 0 if name == "search_check" else getattr(kind, name)
 
 
 def by_task(option: str, entries: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:

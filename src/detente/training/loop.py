@@ -31,18 +31,34 @@ _VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "con
 
 @dataclass
 class Position:
-    """Where a run stands: saved in every checkpoint."""
+    """Where a run stands: saved in every checkpoint.
+
+    Attributes:
+        loss_sums: of this epoch, for each task the losses of its examples added up.
+        examples: of this epoch, for each task the examples behind that sum: a task may be absent from a batch.
+        refused: of this epoch, the steps that moved nothing.
+        epoch_seconds, seconds, step_seconds: of this epoch, of the run, and of each step that measured nothing.
+        history: for each epoch that ended every task's main metric on validation data, higher being better.
+    """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     loss_sums: dict[str, float] = field(default_factory=dict)
-    examples: int = 0
+    examples: dict[str, int] = field(default_factory=dict)
     refused: int = 0
     epoch_seconds: float = 0.0
     seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> Position:
+        """As a checkpoint holds it; an older one counts the examples of all tasks together."""
+        at = cls(**saved)
+        if isinstance(at.examples, int):
+            at.examples = dict.fromkeys(at.loss_sums, at.examples)
+        return at
 
 
 def train(
@@ -214,7 +230,7 @@ class _Run:
                 self.module.load_state_dict(state["model"])
                 self.steps.load_state_dict(state["optimizer"])
                 self.method.load_state_dict(state["method"])
-                self.at = Position(**state["position"])
+                self.at = Position.restored(state["position"])
                 checkpoint.restore_random_state(state["random"], self.device)
             except (KeyError, TypeError, RuntimeError) as error:
                 raise checkpoint.CheckpointError(
@@ -261,12 +277,13 @@ class _Run:
                 saved, started = time.monotonic(), time.perf_counter()
         at.epoch_seconds += time.perf_counter() - started
         self.method.end_epoch()
+        searched = self.steps.end_epoch(at.epoch)
         metrics = evaluate(self.problem, self.model, "validation")
         at.history.append(self.signed(metrics))
         row = {
             "epoch": at.epoch + 1,
             "step": at.step,
-            "train_loss": {task: total / at.examples for task, total in at.loss_sums.items()},
+            "train_loss": {task: total / at.examples[task] for task, total in at.loss_sums.items()},
             "validation": metrics,
             "seconds": at.epoch_seconds,
             "learning_rate": rate,
@@ -275,12 +292,14 @@ class _Run:
         told = self.method.epoch_record()
         if told:
             row["method"] = told
+        if searched:
+            row["search"] = searched
         self.records.append_epoch(row)
         at.epoch, at.batch, at.loss_sums, at.examples, at.refused, at.epoch_seconds = (
             at.epoch + 1,
             0,
             {},
-            0,
+            {},
             0,
             0.0,
         )
@@ -317,10 +336,10 @@ class _Run:
             at.step_seconds.append(time.perf_counter() - started)
         at.step += 1
         at.batch += 1
-        at.examples += len(indices)
         at.refused += not record.accepted
         for name, loss in zip(record.names, record.losses, strict=True):
             at.loss_sums[name] = at.loss_sums.get(name, 0.0) + loss * len(indices)
+            at.examples[name] = at.examples.get(name, 0) + len(indices)
         if recorded:
             self.records.append_step({"step": at.step, "epoch": at.epoch + 1, **record.to_dict(), **further})
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from detente.training.problem import Problem
 from detente.values import StepRecord
 
 if TYPE_CHECKING:
+    from detente.linesearch import Closure, SearchRecord
     from detente.linesearch.search import Search
     from detente.optim import Contributions
 
@@ -35,6 +37,9 @@ class Steps(Protocol):
 
     def rate(self, epoch: int) -> float:
         """Set the learning rate of an epoch, and return it."""
+
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        """What is to be stored of the epoch that ended, in plain numbers; empty where there is nothing to tell."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beyond the network and the method."""
@@ -85,6 +90,10 @@ class GradientSteps:
         """The configured rate, halved every so many epochs."""
         return _set_rate(self.optimizer, self.config, epoch)
 
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and what the tasks contributed so far."""
         watched = None if self.contributions is None else self.contributions.state_dict()
@@ -134,10 +143,17 @@ class PerTaskSteps:
                 f"optimizer {config.optimizer} takes one task's gradient after the other, so their conflict is not "
                 "measured: leave measure out; balance records what each task contributes."
             )
+        kinds: dict[str, type[MAO] | type[MTAdam]] = {"mao": MAO, "mtadam": MTAdam}
+        make = kinds[config.optimizer]
+        asked = describe(method).takes_gradients or config.method != TrainingConfig.method
+        if asked and not make.takes_transform:
+            raise ValueError(
+                f"optimizer {config.optimizer} rescales the gradients of the tasks itself and takes no method: leave "
+                f"method {config.method} out, or use optimizer mao."
+            )
         self.problem, self.config, self.forward = problem, config, forward
         shared, own = roles(module, f"optimizer {config.optimizer}")
         transform = _altering(config, method)
-        make = {"mao": MAO, "mtadam": MTAdam}[config.optimizer]
         options: dict[str, Any] = {} if transform is None else {"transform": transform}
         named = {parameter: name for name, parameter in module.named_parameters()}
         self.optimizer = make(
@@ -162,6 +178,10 @@ class PerTaskSteps:
         """The configured rate, halved every so many epochs."""
         return _set_rate(self.optimizer, self.config, epoch)
 
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        """Nothing to tell."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's."""
         return dict(self.optimizer.state_dict())
@@ -169,6 +189,41 @@ class PerTaskSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The optimizer's."""
         self.optimizer.load_state_dict(state)
+
+
+class TooLongWarning(UserWarning):
+    """The first length of a fast search is most likely too long."""
+
+
+@dataclass
+class Tally:
+    """What the searches of one epoch did.
+
+    Attributes:
+        length: the first length when the epoch began; None before.
+        steps, trials: how many.
+        first: steps that took the first length they tried.
+        capped: steps for which no length was accepted.
+        checks, failures: steps after which the network itself was looked at, and those after which the condition did
+            not hold for it.
+    """
+
+    length: float | None = None
+    steps: int = 0
+    trials: int = 0
+    first: int = 0
+    capped: int = 0
+    checks: int = 0
+    failures: int = 0
+
+    def add(self, found: SearchRecord) -> None:
+        """One more step."""
+        self.steps += 1
+        self.trials += found.trials
+        self.first += found.status == "accepted" and found.trials == 1
+        self.capped += found.status == "capped"
+        self.checks += found.true_condition is not None
+        self.failures += found.true_condition is False
 
 
 class SearchedSteps:
@@ -179,32 +234,26 @@ class SearchedSteps:
     ) -> None:
         from detente.linesearch import Backtracking, FastBacktracking
 
-        if config.optimizer != "sgd" or config.momentum or config.weight_decay or config.scale != "native":
-            raise ValueError(
-                f"search {config.search} takes plain steps along the method's direction: use optimizer sgd, momentum "
-                "0, weight decay 0 and scale native."
-            )
-        _no_balance(config)
         self.problem, self.config, self.module, self.forward = problem, config, module, forward
         shared, own = roles(module, f"search {config.search}")
-        self.fast = config.search == "fast"
-        if config.gradients != ("features" if self.fast else "exact"):
-            raise ValueError(
-                f"search {config.search} needs gradients {'features' if self.fast else 'exact'}, not "
-                f"{config.gradients}."
-            )
+        small, lower, divisor = config.search_small_step, config.search_lower, config.search_precondition
         options: dict[str, Any] = {
             "gamma": config.search_gamma,
             "c": config.search_c,
             "max_trials": config.search_trials,
+            "on_no_descent": "error" if small is None else "small-step",
+            "small_step": small,
+            "lower_ub": None if lower == "none" else lower,
+            "precondition": None if divisor == "none" else divisor,
         }
         self.search: Search = (
             FastBacktracking(
                 method, shared, own, config.learning_rate, check_true=config.search_check or False, **options
             )
-            if self.fast
+            if config.search == "fast"
             else Backtracking(method, shared, own, config.learning_rate, **options)
         )
+        self.tally, self.warned = Tally(), False
 
     def step(
         self, inputs: Any, labels: Any, *, measure: bool, balance: bool
@@ -219,7 +268,8 @@ class SearchedSteps:
             )
             return self.problem.features(output), self.problem.losses(output, labels)
 
-        found = self.search.step(closure)
+        found = self._search(closure)
+        self.tally.add(found)
         assert found.record is not None
         record = found.record
         if found.status == "capped":
@@ -229,17 +279,65 @@ class SearchedSteps:
         return record, {"search": found.to_dict()}
 
     def rate(self, epoch: int) -> float:
-        """The first length, halved every so many epochs like a learning rate."""
+        """The first length, halved every so many epochs like a learning rate, and lowered as the search asked.
+
+        An epoch that is resumed has the length it began with.
+        """
         self.search.lr_ub = _scheduled(self.config, epoch)
-        return self.search.lr_ub
+        if self.tally.length is None:
+            self.tally.length = self.search.first_length
+        return self.tally.length
+
+    def end_epoch(self, epoch: int) -> dict[str, Any]:
+        """What the searches of the epoch did; a warning, once, where the fast one moves the encoder too far."""
+        tally, self.tally = self.tally, Tally()
+        if not self.warned and tally.failures > 0.1 * tally.checks:
+            self.warned = True
+            warnings.warn(
+                f"the fast search took its first length {tally.length:g} in {tally.first} of {tally.steps} steps of "
+                f"epoch {epoch + 1}, but after {tally.failures} of {tally.checks} steps that were checked some loss of "
+                "the network itself had not fallen as promised. This search moves the representation and does not "
+                "bound the step of the encoder, so the first length acts like a learning rate, here most likely too "
+                "high a one: training can end at chance. Lower --learning-rate, or use --search backtracking "
+                "--gradients exact, which tries every length on the network itself.",
+                TooLongWarning,
+                stacklevel=2,
+            )
+        return asdict(tally)
 
     def state_dict(self) -> dict[str, Any]:
-        """The search's."""
-        return self.search.state_dict()
+        """The search's, and the tally of the epoch so far."""
+        return {"search": self.search.state_dict(), "tally": asdict(self.tally), "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The search's."""
-        self.search.load_state_dict(state)
+        """Take it back."""
+        tally = Tally(**state["tally"])
+        self.search.load_state_dict(state["search"])
+        self.tally, self.warned = tally, state["warned"]
+
+    def _search(self, closure: Closure) -> SearchRecord:
+        """A step of the search; what it advises is told in flags."""
+        from detente.linesearch import NoDescent, SearchFailed
+
+        try:
+            return self.search.step(closure)
+        except NoDescent as error:
+            divisor = self.config.search_precondition
+            other = (
+                "a method whose direction descends for every task, such as mgda (--method)"
+                if divisor == "none"
+                else f"no --search-precondition {divisor}, by which a descent for all tasks need not stay one"
+            )
+            raise NoDescent(
+                error.told,
+                f"Use {other}, or take a constant step there with --search-small-step LENGTH.",
+                error.tasks,
+            ) from error
+        except SearchFailed as error:
+            advice = "Lower --learning-rate, or raise --search-trials."
+            if self.config.search_small_step is not None:
+                advice = "Lower --search-small-step or --learning-rate."
+            raise SearchFailed(error.told, advice, error.tasks) from error
 
 
 def roles(module: nn.Module, what: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -284,6 +382,9 @@ def _no_balance(config: TrainingConfig) -> None:
 
 
 def _known_weights(record: StepRecord, method: str) -> tuple[float, ...]:
+    """The weights by which the gradients became the step."""
+    if record.status == "stationary":
+        return (0.0,) * len(record.names)
     if record.weights is None:
         raise ValueError(
             f"method {method} gives no weight for each task, so a task's contribution to the step is not defined: "
