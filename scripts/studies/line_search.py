@@ -58,7 +58,7 @@ def loss(row: Mapping[str, Any]) -> float:
     return sum(row["train_loss"].values())
 
 
-def seconds_of_an_epoch(out: Path, data_dir: Path | None, rounds: int = 5) -> dict[str, list[float]]:
+def seconds_of_an_epoch(out: Path, data_dir: Path | None, rounds: int = 15) -> dict[str, list[float]]:
     """For each kind the seconds of its second epoch, in turns, one run at a time on one thread."""
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -456,3 +456,14 @@ def test_the_balance_under_a_guard_that_refuses_the_shared_part(tmp_path: Path, 
     rows = read_run(tmp_path).steps
     assert {row["status"] for row in rows} == {"stationary"}
     assert all(value == 0 for row in rows for layer in row["balance"]["contributions"] for value in layer)
+
+
+def test_a_run_of_an_earlier_version_stands_for_the_defaults(tmp_path: Path, digits: MultiDigits) -> None:
+    done = run(tmp_path, digits)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    del stored["config"]["balance"], stored["config"]["loss_factor"]
+    file.write_text(json.dumps(stored))
+    assert run(tmp_path, digits) == done
+    with pytest.raises(ConfigMismatch, match="loss_factor"):
+        run(tmp_path, digits, replace(CONFIG, loss_factor=("left=2",)))

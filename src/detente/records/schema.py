@@ -159,15 +159,22 @@ def check_step(row: Mapping[str, Any], where: Path | str) -> None:
 
 
 def differences(
-    stored: Mapping[str, Any], asked: Mapping[str, Any], ignore: Iterable[str] = VOLATILE
+    stored: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    ignore: Iterable[str] = VOLATILE,
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, Any, Any]]:
     """The keys in which two configurations differ, nested keys joined by dots.
 
-    ``ignore`` names keys, dotted or not, whose whole content is left out.
+    ``ignore`` names keys, dotted or not, whose whole content is left out. ``defaults`` gives by dotted key what an
+    option stands for where ``stored`` lacks it: an earlier version did not know it.
 
     >>> differences({"seed": 0, "config": {"epochs": 3}}, {"seed": 0, "config": {"epochs": 5}})
     [('config.epochs', 3, 5)]
+    >>> differences({"config": {}}, {"config": {"nesterov": False}}, defaults={"config.nesterov": False})
+    []
     """
+    known = {} if defaults is None else defaults
     ignored = frozenset(ignore)
     found: list[tuple[str, Any, Any]] = []
 
@@ -176,7 +183,8 @@ def differences(
             return
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             for key in dict.fromkeys([*left, *right]):
-                walk(f"{prefix}.{key}" if prefix else key, left.get(key, _ABSENT), right.get(key, _ABSENT))
+                name = f"{prefix}.{key}" if prefix else key
+                walk(name, left.get(key, known.get(name, _ABSENT)), right.get(key, _ABSENT))
         # JSON tells true from 1, Python's == does not.
         elif left != right or isinstance(left, bool) != isinstance(right, bool):
             found.append((prefix, left, right))

@@ -85,10 +85,17 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def open_or_create(cls, path: Path, config: Mapping[str, Any], ignore: Iterable[str] = VOLATILE) -> Self:
+    def open_or_create(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        ignore: Iterable[str] = VOLATILE,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Continue the run in this folder if it has the same configuration; start it if there is none.
 
-        ``ignore`` names keys (nested ones joined by dots, as ``"config.out"``) that may differ. An incomplete
+        ``ignore`` names keys (nested ones joined by dots, as ``"config.out"``) that may differ, and
+        ``defaults`` what such a key stands for where an earlier version did not store it. An incomplete
         last line, as a killed process leaves it, is cut off. The stored configuration stays as it was.
         Raises `ConfigMismatch` listing the keys that differ, and what `create` raises.
         """
@@ -99,7 +106,9 @@ class RunFolder:
             return cls.create(path, config)
         asked = plain(config)
         check_config(asked, "the configuration of the run")
-        found = differences(read_run(path).config, asked, ignore)
+        found = differences(
+            read_run(path).config, asked, ignore, None if defaults is None else plain(defaults)
+        )
         if found:
             raise ConfigMismatch(path, found)
         folder = cls(path)

@@ -119,7 +119,9 @@ def train(
         "versions": versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with RunFolder.open_or_create(folder, stored, ignore=_VOLATILE) as records:
+    # A run of an earlier version, which did not know some options, goes on under their defaults.
+    defaults = {f"config.{name}": value for name, value in _plain(asdict(type(config)())).items()}
+    with RunFolder.open_or_create(folder, stored, ignore=_VOLATILE, defaults=defaults) as records:
         finished = records.read().result
         if finished is not None:
             return dict(finished)
