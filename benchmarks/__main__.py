@@ -1,4 +1,7 @@
-"""Runs the benchmarks of this folder, one after the other; ``--page FILE`` also writes what they print as a page."""
+"""Runs the benchmarks of this folder, one after the other; ``--page FILE`` also writes what they print as a page.
+
+A page that exists keeps the sections of benchmarks that were not run.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import io
 import os
 import pkgutil
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -43,6 +47,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _sections(page: Path) -> dict[str, str]:
+    """The sections of a page by the name of their benchmark."""
+    parts = re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {
+        part[3:].split("\n", 1)[0].strip(): part.rstrip() + "\n" for part in parts if part.startswith("## ")
+    }
+
+
 def main(arguments: list[str]) -> int:
     """Run the named benchmarks, or all of them; 2 if a name is unknown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -59,7 +71,7 @@ def main(arguments: list[str]) -> int:
         f"{os.cpu_count()} cores, {_processor()}, {torch.get_num_threads()} threads"
     )
     print(machine)
-    page = [HEADER, f"{machine}.\n"]
+    sections = _sections(options.page) if options.page is not None and options.page.exists() else {}
     for name in options.names or known:
         module = importlib.import_module(f"benchmarks.{name}")
         start = time.perf_counter()
@@ -67,12 +79,10 @@ def main(arguments: list[str]) -> int:
         with contextlib.redirect_stdout(_Tee()) as kept:
             module.main()
         print(f"({time.perf_counter() - start:.0f} s)", flush=True)
-        page.append(
-            f"## {name}\n\n{(module.__doc__ or '').strip()}\n\n```text\n{kept.getvalue().rstrip()}\n```\n"
-        )
-    notes = Path(__file__).with_name("notes.md")
-    if notes.exists():
-        page.append(notes.read_text(encoding="utf-8"))
+        told = f"{(module.__doc__ or '').strip()}\n\n```text\n{kept.getvalue().rstrip()}\n```"
+        sections[name] = f"## {name}\n\n{told}\n\nMeasured with {machine}.\n"
+    notes = Path(__file__).with_name("notes.md").read_text(encoding="utf-8")
+    page = [HEADER, *(sections[name] for name in known if name in sections), notes]
     if options.page is not None:
         temporary = options.page.with_suffix(".tmp")
         temporary.write_text("\n".join(page), encoding="utf-8")
