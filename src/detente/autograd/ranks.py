@@ -5,14 +5,13 @@ Nothing here knows gradients: `reduce` does. Numbers are counted where they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-Result = TypeVar("Result")
 ProcessGroup = Any
 """None: the default group where there is one; False: this process alone; or a group of torch.distributed."""
 
@@ -80,22 +79,6 @@ class Ranks:
         source = 0 if self.handle is None else dist.get_global_rank(self.handle, 0)
         dist.broadcast(sent, source, group=self.handle)
         return sent.to(values.device)
-
-    def together(self, work: Callable[[], Result]) -> Result:
-        """Do something on every rank, and fail on all of them if it fails on one.
-
-        Raises:
-            RankFailed: on the ranks where it did not fail.
-            Exception: what ``work`` raised, on the others.
-        """
-        error: Exception | None = None
-        result: Result | None = None
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-        self.agree(error)
-        return result  # type: ignore[return-value]
 
     def agree(self, error: Exception | None) -> None:
         """Fail on all ranks if one has an error; every rank must call it."""
