@@ -62,6 +62,12 @@ def accuracy(runs: Sequence[Run], task: str, where: str = "metrics") -> float:
     return 100 * statistics.mean(run.result[where][task]["accuracy"] for run in runs if run.result)
 
 
+def deviation(runs: Sequence[Run], task: str) -> float:
+    """Standard deviation over seeds, in percent; 0 for a single one."""
+    values = [100 * run.result["metrics"][task]["accuracy"] for run in runs if run.result]
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def refused(runs: Sequence[Run]) -> float:
     """Share of refused steps over whole runs, in percent."""
     steps = sum(run.result["steps"] for run in runs if run.result)
@@ -103,12 +109,14 @@ def figures(runs: Mapping[str, Run], seeds: int) -> None:
         ended = [value for place, values in places.items() if min(place) < TRAINED for value in values]
         for (left, right), values in places.items():
             if min(left, right) >= TRAINED:
-                axis.plot(left, right, "o")
+                spreads = [deviation(points[values[0]], task) for task in ("left", "right")]
+                axis.errorbar(left, right, xerr=spreads[0], yerr=spreads[1], fmt="o", capsize=2, alpha=0.8)
                 text = ", ".join(f"{value:g}" for value in values)
                 axis.annotate(text, (left, right), textcoords="offset points", xytext=(0, 9), ha="center")
         if ended:
             title += "\nnot shown, ended early: " + ", ".join(f"{value:g}" for value in ended)
-        axis.margins(0.25)
+        axis.margins(0.15)
+        axis.locator_params(nbins=5)
         axis.set(title=title, xlabel="left digit, accuracy (%)", ylabel="right digit, accuracy (%)")
         axis.legend(frameon=False)
     figure.savefig(IMAGES / "inexact-sweeps.png", dpi=130)
@@ -131,7 +139,7 @@ def figures(runs: Mapping[str, Run], seeds: int) -> None:
     means = {epoch: statistics.mean(values) for epoch, values in weights.items()}
     axes[1].plot(list(means), list(means.values()))
     axes[1].axhline(0.5, color="gray", linewidth=0.8)
-    axes[1].set(title="α of the left digit, mean of recorded steps (Figure 3.6)", xlabel="epoch", ylim=(0, 1))
+    axes[1].set(title="α of the left digit (Figure 3.6)", xlabel="epoch", ylim=(0, 1))
     for prefix, values in (("epsilon", (0.1, 0.2, 0.5)), ("lambda", (0.1, 0.2, 0.5, 1.0))):
         for value in values:
             chosen = runs[f"{prefix}-{value}-seed0"]
@@ -150,7 +158,7 @@ def figures(runs: Mapping[str, Run], seeds: int) -> None:
 
 def page(runs: Mapping[str, Run], epochs: int, seeds: int, command: str) -> str:
     """The results in Markdown."""
-    averaged = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    averaged = "one seed" if seeds == 1 else f"mean ± standard deviation of {seeds} seeds"
     lines = [
         "# Inexact and adaptive MGDA on MultiMNIST",
         "",
@@ -168,8 +176,10 @@ def page(runs: Mapping[str, Run], epochs: int, seeds: int, command: str) -> str:
     for prefix, values, name in (("epsilon", EPSILONS, "ε"), ("lambda", SCALES, "λ")):
         for value, chosen in sweep(runs, prefix, values, seeds).items():
             left, right = accuracy(chosen, "left"), accuracy(chosen, "right")
+            spreads = [f" ± {deviation(chosen, task):.2f}" for task in ("left", "right")]
             lines.append(
-                f"| {name} = {value:g} | {left:.2f} | {right:.2f} | {(left + right) / 2:.2f} | {refused(chosen):.1f} |"
+                f"| {name} = {value:g} | {left:.2f}{spreads[0]} | {right:.2f}{spreads[1]} | "
+                f"{(left + right) / 2:.2f} | {refused(chosen):.1f} |"
             )
     lines += [
         "",
