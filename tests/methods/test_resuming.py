@@ -160,6 +160,7 @@ def test_a_state_that_knew_no_tasks_asks_for_none() -> None:
     run = Run(lambda: detente.create("mgda"), named=False)
     run.reload()
     run.step(0, "a")
+    assert run.method.tasks is None  # one task shares nothing, so the method was not asked
 
 
 def test_where_nothing_is_shared_one_batch_of_all_tasks_tells_so() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from detente.autograd.exact import ExactPass, exact_pass
 from detente.autograd.flat import Layout
+from detente.autograd.losses import multiplied
 from detente.autograd.partition import Memory, Partition
 from detente.autograd.reduce import Prepared
 from detente.autograd.rows import Rows, ScatteredRows, SummedRows
@@ -71,9 +72,7 @@ class Accumulation:
         self._layout = layout
         self._know(step.names, layout)
         assert self._rows is not None
-        losses = step.losses
-        if factor is not None:
-            losses = [loss * factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
+        losses = step.losses if factor is None else multiplied(step.losses, factor)
         places = [self._names.index(name) for name in step.names]
         added = _AddedRows(layout, self._rows, places, step.totals, memory)
         graph = exact_pass(losses, parts, memory, rows=added, retain_graph=retain_graph, batched=batched)

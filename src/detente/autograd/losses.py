@@ -64,6 +64,11 @@ def values_of(losses: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
     return list(losses.values()) if isinstance(losses, Mapping) else list(losses)
 
 
+def multiplied(losses: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor]:
+    """Losses times a scaler's factor; one that is absent stays so."""
+    return [loss * factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
+
+
 def check_scalar(name: str, loss: torch.Tensor) -> None:
     """See that a loss is one real number.
 

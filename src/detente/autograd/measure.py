@@ -13,7 +13,7 @@ from detente.autograd.blocks import blocks_of
 from detente.autograd.exact import ExactPass, Pass, exact_pass
 from detente.autograd.flat import Layout, probes
 from detente.autograd.host import to_host
-from detente.autograd.losses import Losses, check_gradients, check_losses, check_own, named_losses
+from detente.autograd.losses import Losses, check_gradients, check_losses, check_own, multiplied, named_losses
 from detente.autograd.partition import Memory, Partition
 from detente.autograd.reduce import check_own_of_all, doubtful
 from detente.autograd.rows import SummedRows
@@ -153,8 +153,7 @@ def take_further(
                 ]
             further = _pass_like(graph, losses, parts, retain_graph)
             if graph.factor is not None:
-                assert further.jacobian is not None
-                further.jacobian.div_(graph.factor.to(further.jacobian))
+                further.unscale(graph.factor)
             if not further.touched and any(loss.requires_grad for loss in losses):
                 raise ValueError(
                     "no loss reaches a shared parameter of the step; use the same model for every batch."
@@ -170,7 +169,7 @@ def _pass_like(graph: Pass, losses: list[torch.Tensor], parts: Partition, retain
     """Gradients with respect to the same parameters, on several processes complete on every rank."""
     memory = Memory()
     if graph.factor is not None:
-        losses = [loss * graph.factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
+        losses = multiplied(losses, graph.factor)
     if graph.reduction is None:
         return exact_pass(losses, parts, memory, retain_graph=retain_graph)
     rows = SummedRows(Layout(graph.columns), len(losses), memory, graph.reduction.ranks)

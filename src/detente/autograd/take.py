@@ -8,6 +8,7 @@ import torch
 
 from detente.autograd.exact import Pass, exact_pass, layer_pass
 from detente.autograd.flat import Layout
+from detente.autograd.losses import multiplied
 from detente.autograd.low import low_pass
 from detente.autograd.partition import Memory, Partition
 from detente.autograd.reduce import Prepared, gather_columns, reached_by
@@ -54,11 +55,6 @@ def take(
     if found is not None and factor is not None:
         found.unscale(factor)
     return found
-
-
-def multiplied(losses: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor]:
-    """Losses times a scaler's factor; one that is absent stays so."""
-    return [loss * factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
 
 
 def _pass(

@@ -13,10 +13,10 @@ from detente.linesearch.armijo import ROUNDING, Array
 from detente.linesearch.closure import Losses, Runs
 from detente.linesearch.moments import KINDS, Moments, Preconditioner, State
 from detente.linesearch.moves import Moves, merged, own_products, real
-from detente.linesearch.options import choice
 from detente.linesearch.plan import Along, Plan, epsilons
 from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
 from detente.methods import Method
+from detente.methods.arguments import one_of
 from detente.step import shared_gradients
 from detente.values import Combination
 
@@ -146,7 +146,7 @@ class Backtracking(Search):
             check_steps=check_steps,
             rounding=rounding,
         )
-        self.precondition = choice("precondition", precondition, (None, *KINDS))
+        self.precondition = one_of("precondition", precondition, (None, *KINDS))
         everyone = (*as_tensors(self.shared, "shared"), *as_tensors(self.task_specific, "task_specific"))
         self._moments = None if precondition is None else Moments(precondition, everyone)
 

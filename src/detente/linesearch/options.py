@@ -70,17 +70,6 @@ def whole(option: str, value: int, *, least: int) -> int:
     return int(value)
 
 
-def choice(option: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """``value`` if it is one of ``choices``.
-
-    Raises:
-        ValueError: it is not; the option and the choices are named.
-    """
-    if value not in choices:
-        raise ValueError(f"option {option} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-    return value
-
-
 def kept(parameters: Any) -> Any:
     """Parameters as they were given, with every iterable read once: some are generators, and each step reads them."""
     if isinstance(parameters, Mapping):

@@ -24,7 +24,6 @@ from detente.linesearch.options import (
     check_method,
     check_modules,
     check_roles,
-    choice,
     in_range,
     kept,
     modules_in,
@@ -33,6 +32,7 @@ from detente.linesearch.options import (
 from detente.linesearch.plan import Along, Plan
 from detente.linesearch.record import ClosureChanged, NoDescent, Outcome, SearchFailed, SearchRecord
 from detente.methods import Method
+from detente.methods.arguments import one_of
 from detente.step import record_of, task_gradients, undone_on_failure, with_direction
 from detente.values import Combination, StepRecord
 
@@ -88,14 +88,14 @@ class Search(ABC):
         self.gamma = in_range("gamma", gamma, above=1)
         self.c = in_range("c", c, below=1)
         self.max_trials = whole("max_trials", max_trials, least=1)
-        self.on_cap = choice("on_cap", on_cap, ("skip", "error"))
-        self.on_no_descent = choice("on_no_descent", on_no_descent, ("error", "small-step"))
+        self.on_cap = one_of("on_cap", on_cap, ("skip", "error"))
+        self.on_no_descent = one_of("on_no_descent", on_no_descent, ("error", "small-step"))
         if (on_no_descent == "small-step") != (small_step is not None):
             raise ValueError(
                 "options on_no_descent='small-step' and small_step= belong together: give both, or neither."
             )
         self.small_step = None if small_step is None else in_range("small_step", small_step)
-        self.lower_ub = choice("lower_ub", lower_ub, (None, "cap", "divided"))
+        self.lower_ub = one_of("lower_ub", lower_ub, (None, "cap", "divided"))
         if lower_ub == "cap" and on_cap == "error":
             raise ValueError(
                 "option lower_ub='cap' counts searches that end at the cap: use on_cap='skip' with it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def weight_by_name(
     return np.array(values, dtype=np.float64)
 
 
-def one_of(option: str, value: str, choices: Sequence[str]) -> str:
+def one_of(option: str, value: Any, choices: Sequence[Any]) -> Any:
     """``value`` if it is one of ``choices``.
 
     Raises:

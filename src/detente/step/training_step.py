@@ -13,14 +13,21 @@ import torch
 from detente.autograd.accumulation import Accumulation
 from detente.autograd.flat import accumulate, probes
 from detente.autograd.host import to_host
-from detente.autograd.losses import GradientNotFinite, Losses, check_losses, check_own, check_weighted
+from detente.autograd.losses import (
+    GradientNotFinite,
+    Losses,
+    check_losses,
+    check_own,
+    check_weighted,
+    multiplied,
+)
 from detente.autograd.low import LowPass
-from detente.autograd.measure import check_further, measure_gradients, take_further
+from detente.autograd.measure import Taken, check_further, measure_gradients, take_further
 from detente.autograd.partition import Memory, Parameters
 from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
 from detente.autograd.reduce import Prepared, Samples, losses_of_all, prepare, reached_by
 from detente.autograd.representation import Roles
-from detente.autograd.take import multiplied, take
+from detente.autograd.take import take
 from detente.autograd.weighted import weighted_backward
 from detente.autograd.where import Where
 from detente.methods.base import Method, one_of
@@ -155,8 +162,7 @@ def backward(
         record = None
         if accumulation is not None:
             record = _accumulated(step, method, heads, scale, factor, accumulation, workspace)
-            return replace(record, seconds=time.perf_counter() - started)
-        if method.needs_now() & GRADIENT_NEEDS or measure or scale != "native":
+        elif method.needs_now() & GRADIENT_NEEDS or measure or scale != "native":
             record = _combining(
                 step, method, where, heads, scale, factor, extra, workspace, retain_graph, memory
             )
@@ -203,16 +209,7 @@ def _combining(
             step.names, extra, graph, blocks=blocks, retain_graph=retain_graph, shares=step.shares
         )
         taken = replace(taken, gradients=replace(taken.gradients, extra=further))
-    # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
-    # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
-    cautious = graph.space != "exact" or heads == "weighted" or graph.jacobian is None
-    with undone_on_failure(method) if cautious else nullcontext():
-        combination = _of_first_rank(method.combine(taken.gradients), step)
-        record = record_of(taken.gradients, combination)
-        if isinstance(graph, LowPass):
-            record = replace(record, notes=(*record.notes, LOW.format(graph.segments)))
-        apply(taken, combination, heads=heads, scale=scale)
-    return record
+    return _decide(taken, step, method, heads, scale)
 
 
 def _accumulated(
@@ -228,9 +225,20 @@ def _accumulated(
     needs = method.needs_now()
     whole, graph = accumulation.finish(step, workspace, factor, whole=not needs <= _NUMBERS)
     taken = measure_gradients(whole.names, graph, blocks="blocks" in needs)
-    with undone_on_failure(method):
-        combination = _of_first_rank(method.combine(taken.gradients), whole)
+    return _decide(taken, whole, method, heads, scale)
+
+
+def _decide(taken: Taken, step: Prepared, method: Method, heads: Heads, scale: Scale) -> StepRecord:
+    """Let the method combine task gradients, and carry its decision to the parameters."""
+    graph = taken.graph
+    # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
+    # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
+    cautious = graph.space != "exact" or heads == "weighted" or graph.jacobian is None
+    with undone_on_failure(method) if cautious else nullcontext():
+        combination = _of_first_rank(method.combine(taken.gradients), step)
         record = record_of(taken.gradients, combination)
+        if isinstance(graph, LowPass):
+            record = replace(record, notes=(*record.notes, LOW.format(graph.segments)))
         apply(taken, combination, heads=heads, scale=scale)
     return record
 

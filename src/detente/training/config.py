@@ -7,12 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-if TYPE_CHECKING:  # what may be left out is a number for whoever reads it
-    _Filled: TypeAlias = float
-else:
-    _Filled = float | None
+from typing import Any, Literal
 
 CHECK_EVERY = 7
 """Steps of the fast search from one look at the network itself to the next: often enough to tell, and with no period
@@ -76,7 +71,7 @@ class TrainingConfig:
     """With backtracking: divide the directions by the running moments of that optimizer."""
     learning_rate: float = 0.01
     """Learning rate at the start; with a search the first length that is tried."""
-    momentum: _Filled = None  # type: ignore[assignment]
+    momentum: float | None = None
     """Momentum of SGD. Left out, 0.9, and 0 with a search."""
     nesterov: bool = False
     """Nesterov momentum for SGD."""

@@ -424,6 +424,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     """The optimizer a configuration names, over all parameters of the network."""
     parameters = list(model.parameters())
     if config.optimizer == "sgd":
+        assert config.momentum is not None, "filled in by the configuration"
         return torch.optim.SGD(
             parameters,
             lr=config.learning_rate,
