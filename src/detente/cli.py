@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad usage, 1 failed.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -129,18 +130,22 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """A message for a person and the exit code, or the traceback if it is a defect of ours."""
+    """A message for a person and the exit code, or the traceback if it is a defect of ours.
+
+    Of several processes each tells what went wrong in it; what it heard from another one, only the first repeats.
+    """
+    from detente.autograd.ranks import RankFailed
     from detente.experiments import UnknownExperiment
     from detente.methods import UnknownMethod, UnknownOption
     from detente.records import ConfigMismatch
 
-    if isinstance(error, (UsageError, UnknownMethod, UnknownOption, UnknownExperiment, ConfigMismatch)):
-        print(f"detente: {error}", file=sys.stderr)
-        return 2
-    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
-        print(f"detente: {error}", file=sys.stderr)
-        return 1
-    raise error
+    usage = (UsageError, UnknownMethod, UnknownOption, UnknownExperiment, ConfigMismatch)
+    if not isinstance(error, (*usage, ValueError, OSError, ImportError, RuntimeError)):
+        raise error
+    rank = _rank()
+    if rank == 0 or not isinstance(error, RankFailed):
+        print(f"detente: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+    return 2 if isinstance(error, usage) else 1
 
 
 def _usage(stream: Any) -> None:
@@ -165,6 +170,7 @@ def _run(arguments: list[str]) -> int:
 
     from detente.experiments import experiments, find
     from detente.training import train
+    from detente.training.launch import end_with_the_starter, launch, launched
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: detente run EXPERIMENT [options]     (detente run EXPERIMENT --help lists them)\n")
@@ -195,6 +201,9 @@ def _run(arguments: list[str]) -> int:
         config=(tyro.conf.UseAppendAction,),
     )
     _check_method(config)
+    if config.devices > 1 and not launched():
+        return launch(config.devices, ["run", *arguments])
+    end_with_the_starter()
     label = _single_task_label(config)
     folder = out or Path("runs") / experiment.name / run_name(config, label)
     with redirect_stdout(sys.stderr):
@@ -207,8 +216,14 @@ def _run(arguments: list[str]) -> int:
             label=label,
             quiet=as_json and not sys.stderr.isatty(),
         )
-    _print_result(result, folder, as_json)
+    if _rank() == 0:
+        _print_result(result, folder, as_json)
     return 0
+
+
+def _rank() -> int:
+    """Of this process among several that run one command, 0 where it is the only one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _check_method(config: Any) -> None:

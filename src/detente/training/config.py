@@ -47,6 +47,19 @@ class TrainingConfig:
     """Stop after this many steps, whatever the epochs."""
     batch_size: int = 256
     """Examples of one step."""
+    devices: int = 1
+    """Processes that share every batch, one for each device; on a machine without accelerators they share its cores."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Precision of the network's forward pass in training (autocast); 16-mixed scales the losses. Evaluation is in
+    float32."""
+    accumulate: int = 1
+    """Work through every batch in so many micro-batches, one after the other; the method still decides once, for all
+    of them."""
+    memory: Literal["fast", "batched", "low"] = "fast"
+    """With gradients exact: one backward for each task, all tasks batched, or the Gramian layer by layer with no
+    task's gradient kept."""
+    clip_norm: float | None = None
+    """Shorten the combined gradient of all parameters to this norm where it is longer."""
     optimizer: Literal["sgd", "adam", "adamw", "mao", "mtadam"] = "sgd"
     """The optimizer that takes the steps; mao and mtadam keep moments of every task and replace the method."""
     search: Literal["none", "backtracking", "fast"] = "none"
@@ -104,7 +117,7 @@ class TrainingConfig:
             object.__setattr__(self, "momentum", 0.9 if self.search == "none" else 0.0)
         if self.search_check is None:
             object.__setattr__(self, "search_check", CHECK_EVERY if self.search == "fast" else 0)
-        for name in ("epochs", "batch_size", "selection_k", "record_steps"):
+        for name in ("epochs", "batch_size", "devices", "accumulate", "selection_k", "record_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.max_steps is not None and self.max_steps < 1:
@@ -113,7 +126,52 @@ class TrainingConfig:
             raise ValueError(f"halve_every is {self.halve_every}; it must be 0 (never) or more.")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive and finite.")
+        self._check_scale()
         self._check_search()
+
+    def _check_scale(self) -> None:
+        """What serves large networks goes with a combined gradient and one of torch's optimizers."""
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive and finite.")
+        if self.batch_size < self.devices * self.accumulate:
+            raise ValueError(
+                f"a batch of {self.batch_size} cannot be cut into devices x accumulate = {self.devices} x "
+                f"{self.accumulate} parts; raise batch_size."
+            )
+        mover = f"search {self.search}" if self.search != "none" else f"optimizer {self.optimizer}"
+        if self.search != "none" or self.optimizer in ("mao", "mtadam"):
+            for name in ("accumulate", "memory", "clip_norm"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}; {mover} does not go with it, leave one of them out."
+                    )
+            if self.precision == "16-mixed" or (self.search != "none" and self.precision != "32-true"):
+                raise ValueError(
+                    f"precision is {self.precision}; {mover} "
+                    + (
+                        "compares losses that differ in their last digits: use precision 32-true."
+                        if self.search != "none"
+                        else "takes the gradients itself and knows no scaler: use precision bf16-mixed or 32-true."
+                    )
+                )
+        elif self.balance:
+            for name in ("devices", "accumulate", "memory", "precision", "clip_norm"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}; balance under {self.optimizer} watches one process's whole "
+                        "batch in full precision: leave one of them out, or use optimizer mao."
+                    )
+        if self.gradients != "exact":
+            for name in ("accumulate", "memory"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}; it works on the gradients of the parameters: use gradients "
+                        f"exact instead of {self.gradients}."
+                    )
+        if self.accumulate > 1 and self.memory != "fast":
+            raise ValueError(
+                f"memory is {self.memory}; accumulate keeps every task's gradient: leave one of them out."
+            )
 
     def _check_search(self) -> None:
         if self.search == "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,18 +14,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from detente.autograd.reduce import average_losses
 from detente.methods import Method, create, describe
 from detente.records import SCHEMA, RunFolder, versions
 from detente.training import checkpoint
 from detente.training.config import TrainingConfig
+from detente.training.evaluation import average, evaluate, to_device
 from detente.training.memory import peak_bytes, reset_peak
-from detente.training.problem import Problem, SplitName
+from detente.training.problem import Problem
+from detente.training.processes import Processes, Unwritten
 from detente.training.progress import Progress, progress
 from detente.training.selection import chosen, kept
-from detente.training.steps import GradientSteps, PerTaskSteps, SearchedSteps, Steps
+from detente.training.steps import Batch, GradientSteps, PerTaskSteps, SearchedSteps, Steps, autocast
 
-_EVALUATION_BATCH = 1000
 _SAMPLES = 12
+# Several processes have several clocks: at these steps the first one's decides whether a checkpoint is due.
+_STEPS_BETWEEN_LOOKS = 20
 # What may differ between the command that started a run and one that resumes it.
 _VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir")
 
@@ -76,6 +81,10 @@ def train(
     A run that is killed at any moment and started again by the same call ends with the same weights and records
     (seconds aside) as one that was not.
 
+    With ``config.devices`` above 1 every one of that many processes calls this function (``detente run --devices``
+    and torchrun start them); each works on its part of every batch, the first one writes the folder. The numbers of a
+    run depend on the number of processes by rounding, and by what draws random numbers or batch statistics.
+
     Args:
         problem: what to learn.
         config: how.
@@ -89,7 +98,8 @@ def train(
         The result as stored in ``result.json``.
 
     Raises:
-        ValueError: an unknown method or option, a space the method cannot be solved in, or NaN in training.
+        ValueError: an unknown method or option, a space the method cannot be solved in, NaN in training, or another
+            number of processes than ``config.devices``.
         ConfigMismatch: the folder holds a run with another configuration.
         UnwritableFolder: the folder cannot be written.
         CheckpointError: the checkpoint in the folder is damaged.
@@ -121,13 +131,22 @@ def train(
     }
     # A run of an earlier version, which did not know some options, goes on under their defaults.
     defaults = {f"config.{name}": value for name, value in _plain(asdict(type(config)())).items()}
-    with RunFolder.open_or_create(folder, stored, ignore=_VOLATILE, defaults=defaults) as records:
-        finished = records.read().result
+    processes = Processes(config.devices)
+    records: RunFolder | Unwritten = Unwritten(folder)
+    with ExitStack() as files:
+
+        def begin() -> dict[str, Any] | None:
+            nonlocal records
+            opened = RunFolder.open_or_create(folder, stored, ignore=_VOLATILE, defaults=defaults)
+            records = files.enter_context(opened)
+            result = opened.read().result
+            return None if result is None else dict(result)
+
+        finished = processes.first(begin)
         if finished is not None:
-            return dict(finished)
+            return finished
         with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            run = _Run(problem, config, method, records, stored, quiet)
+            run = _Run(problem, config, method, processes, records, stored, quiet)
             run.advance()
             return run.finish()
 
@@ -148,35 +167,17 @@ def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
         >>> epoch_order(5, seed=0, epoch=3).equal(epoch_order(5, seed=0, epoch=3))
         True
     """
-    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(state))
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
 
 
-def evaluate(problem: Problem, model: nn.Module, split: SplitName) -> dict[str, dict[str, float]]:
-    """Measure a network on a whole split.
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on all of these numbers, whole and not negative.
 
-    The network's mode (training or evaluation) and its gradients are left as they are.
-
-    Args:
-        problem: gives the examples and the meter.
-        model: the network, on whichever device.
-        split: ``train``, ``validation`` or ``test``.
-
-    Returns:
-        Task to metric to value; metrics in percent are fractions in [0, 1].
+    Example:
+        >>> seed_of(0, 1) == seed_of(1, 0)
+        False
     """
-    was_training = model.training
-    device = next(model.parameters()).device
-    examples, meter = problem.split(split), problem.meter()
-    model.eval()
-    try:
-        with torch.no_grad():
-            for indices in torch.split(torch.arange(len(examples)), _EVALUATION_BATCH):
-                inputs, labels = _to_device(examples.batch(indices), device)
-                meter.update(model(inputs), labels)
-    finally:
-        model.train(was_training)
-    return meter.compute()
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class _Run:
@@ -187,25 +188,21 @@ class _Run:
         problem: Problem,
         config: TrainingConfig,
         method: Method,
-        records: RunFolder,
+        processes: Processes,
+        records: RunFolder | Unwritten,
         stored: Mapping[str, Any],
         quiet: bool,
     ) -> None:
-        from lightning_fabric import Fabric
-
-        self.problem, self.config, self.method, self.records, self.stored = (
-            problem,
-            config,
-            method,
-            records,
-            stored,
-        )
+        self.problem, self.config, self.method = problem, config, method
+        self.processes, self.records, self.stored = processes, records, stored
         self.info = describe(method)
-        self.quiet = quiet
-        fabric = Fabric(accelerator="auto", devices=1)
+        self.quiet, self.writes = quiet or processes.rank > 0, processes.rank == 0
+        torch.manual_seed(config.seed)  # the same network in every process, and then noise of its own in each
         self.module = problem.model()
-        self.model, self.steps = _set_up(fabric, problem, config, method, self.module)
-        self.device = fabric.device
+        if processes.rank > 0:
+            torch.manual_seed(seed_of(config.seed, processes.rank))
+        self.model, self.steps = _set_up(processes, problem, config, method, self.module)
+        self.device = processes.device
         self.data = problem.split("train")
         batches = -(-len(self.data) // config.batch_size)
         self.total = (
@@ -226,14 +223,17 @@ class _Run:
     def resume(self) -> None:
         """Go on from the checkpoint if there is one; drop records that came after it."""
         path = self.records.path / checkpoint.FILE
-        if path.exists():
-            state = checkpoint.load(path)
+        state = self.processes.first(lambda: checkpoint.load(path) if path.exists() else None)
+        if state is not None:
             try:
                 self.module.load_state_dict(state["model"])
                 self.steps.load_state_dict(state["optimizer"])
                 self.method.load_state_dict(state["method"])
                 self.at = Position.restored(state["position"])
-                checkpoint.restore_random_state(state["random"], self.device)
+                random = state["random"]  # of one process, or of each
+                checkpoint.restore_random_state(
+                    random[self.processes.rank] if isinstance(random, list) else random, self.device
+                )
             except (KeyError, TypeError, RuntimeError) as error:
                 raise checkpoint.CheckpointError(
                     f"{path} does not fit this run ({error}). Delete the run folder to start the run again."
@@ -241,16 +241,26 @@ class _Run:
         self.records.truncate_after(self.at.step)
 
     def save(self) -> None:
-        """A checkpoint from which the run goes on bit for bit."""
+        """A checkpoint from which the run goes on bit for bit; every process must call it."""
+        random = self.processes.gathered(checkpoint.random_state(self.device))
+        if not self.writes:
+            return
         self.records.flush()
         state = {
             "model": self.module.state_dict(),
             "optimizer": self.steps.state_dict(),
             "method": self.method.state_dict(),
             "position": asdict(self.at),
-            "random": checkpoint.random_state(self.device),
+            "random": random if len(random) > 1 else random[0],
         }
         checkpoint.save(self.records.path / checkpoint.FILE, state)
+
+    def due(self, saved: float) -> bool:
+        """Whether so long a time has passed since the last checkpoint that another one is due."""
+        several = self.processes.size > 1
+        if several and self.at.step % _STEPS_BETWEEN_LOOKS:
+            return False
+        return self.processes.first(lambda: time.monotonic() - saved > self.config.checkpoint_seconds)
 
     # ---- training
 
@@ -272,7 +282,7 @@ class _Run:
         while at.batch < len(order) and at.step < self.total:
             self.run_step(order[at.batch])
             report(at.step)
-            if time.monotonic() - saved > config.checkpoint_seconds:
+            if self.due(saved):
                 at.epoch_seconds += time.perf_counter() - started
                 at.seconds += time.perf_counter() - started
                 self.save()
@@ -280,7 +290,7 @@ class _Run:
         at.epoch_seconds += time.perf_counter() - started
         self.method.end_epoch()
         searched = self.steps.end_epoch(at.epoch)
-        metrics = evaluate(self.problem, self.model, "validation")
+        metrics = self.processes.first(lambda: evaluate(self.problem, self.module, "validation"))
         at.history.append(self.signed(metrics))
         row = {
             "epoch": at.epoch + 1,
@@ -308,11 +318,12 @@ class _Run:
         candidates = [
             epoch + 1 for epoch in kept(config.selection, at.history, config.selection_k, self.baselines)
         ]
-        if at.epoch in candidates:
+        if at.epoch in candidates and self.writes:
             checkpoint.save(checkpoint.weights_file(self.records.path, at.epoch), self.module.state_dict())
         at.seconds += time.perf_counter() - started
         self.save()
-        checkpoint.keep_weights(self.records.path, candidates)
+        if self.writes:
+            checkpoint.keep_weights(self.records.path, candidates)
         report(
             at.step,
             " ".join(f"{task} {metrics[task][main]:.4g}" for task, main in self.problem.main_metric.items()),
@@ -321,19 +332,18 @@ class _Run:
     def run_step(self, indices: torch.Tensor) -> None:
         """One batch."""
         at, config = self.at, self.config
-        inputs, labels = _to_device(self.data.batch(indices), self.device)
+        batches = self.batches(indices)
         recorded = at.step % self.stride == 0
         # At most every second step, so that there are unmeasured ones left to tell what a step costs.
         measure = config.measure and at.step % max(2, self.stride) == 0 and not self.info.takes_gradients
         balance = config.balance and recorded
         started = time.perf_counter()
         try:
-            record, further = self.steps.step(inputs, labels, measure=measure, balance=balance)
+            record, further = self.steps.step(batches, measure=measure, balance=balance)
         except ValueError as error:
             raise ValueError(f"step {at.step + 1} of {self.records.path}: {error}") from error
         if "after_step" in self.info.needs:
-            with torch.no_grad():
-                self.method.after_step(self.problem.losses(self.model(inputs), labels))
+            self.method.after_step(self.losses_now(batches))
         if not (measure or config.balance):
             at.step_seconds.append(time.perf_counter() - started)
         at.step += 1
@@ -344,6 +354,30 @@ class _Run:
             at.examples[name] = at.examples.get(name, 0) + len(indices)
         if recorded:
             self.records.append_step({"step": at.step, "epoch": at.epoch + 1, **record.to_dict(), **further})
+
+    def batches(self, indices: torch.Tensor) -> list[Batch]:
+        """This process's part of a batch on its device, in micro-batches: as many in every process."""
+        count = min(self.config.accumulate, len(indices) // self.processes.size or 1)
+        parts = torch.tensor_split(self.processes.part(indices), count)
+        whole = self.processes.size == 1 and count == 1
+        batches = []
+        for part in parts:
+            inputs, labels = to_device(self.data.batch(part), self.device)
+            batches.append(Batch(inputs, labels, None if whole else len(part)))
+        return batches
+
+    def losses_now(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """The losses of the whole batch after the step."""
+        sums: dict[str, torch.Tensor] = {}
+        examples: dict[str, int] = {}
+        with torch.no_grad(), autocast(self.config, self.device):
+            for batch in batches:
+                count = 1 if batch.examples is None else batch.examples
+                for name, loss in self.problem.losses(self.model(batch.inputs), batch.labels).items():
+                    sums[name] = sums[name] + count * loss if name in sums else count * loss
+                    examples[name] = examples.get(name, 0) + count
+        losses = {name: total / examples[name] for name, total in sums.items()}
+        return losses if self.processes.size == 1 else average_losses(losses, samples=examples)
 
     def signed(self, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Each task's main metric, signed so that higher is better."""
@@ -357,7 +391,10 @@ class _Run:
     # ---- the end
 
     def finish(self) -> dict[str, Any]:
-        """Test the chosen epochs, once, and write the result."""
+        """Test the chosen epochs, once, and write the result: the work of the first process."""
+        return self.processes.first(self._finish)
+
+    def _finish(self) -> dict[str, Any]:
         started = time.perf_counter()
         config, at = self.config, self.at
         epochs = [
@@ -366,8 +403,8 @@ class _Run:
         tested, validated = [], []
         for epoch in epochs:
             self.module.load_state_dict(checkpoint.load(checkpoint.weights_file(self.records.path, epoch)))
-            tested.append(evaluate(self.problem, self.model, "test"))
-            validated.append(evaluate(self.problem, self.model, "validation"))
+            tested.append(evaluate(self.problem, self.module, "test"))
+            validated.append(evaluate(self.problem, self.module, "validation"))
         samples = self.problem.samples(self.module, _SAMPLES)
         if samples is not None:
             images, targets, predictions = samples
@@ -386,8 +423,8 @@ class _Run:
             "steps": at.step,
             "selection": config.selection,
             "selected_epochs": epochs,
-            "metrics": _average(tested),
-            "validation": _average(validated),
+            "metrics": average(tested),
+            "validation": average(validated),
             "seconds": at.seconds + time.perf_counter() - started,
             "seconds_per_step": per_step,
             "seconds_per_epoch": None if per_step is None else per_step * batches,
@@ -409,15 +446,15 @@ def _label(config: TrainingConfig, method: str, space: str) -> str:
 
 
 def _set_up(
-    fabric: Any, problem: Problem, config: TrainingConfig, method: Method, module: nn.Module
+    processes: Processes, problem: Problem, config: TrainingConfig, method: Method, module: nn.Module
 ) -> tuple[nn.Module, Steps]:
     """The network on its device, and what moves its parameters."""
-    if config.search == "none" and config.optimizer not in ("mao", "mtadam"):
-        model, optimizer = fabric.setup(module, make_optimizer(module, config))
-        return model, GradientSteps(problem, config, method, module, model, optimizer)
-    model = fabric.setup_module(module)
-    kind = PerTaskSteps if config.search == "none" else SearchedSteps
-    return model, kind(problem, config, method, module, model)
+    model = processes.set_up(module)
+    if config.search != "none":
+        return model, SearchedSteps(problem, config, method, module, model)
+    if config.optimizer in ("mao", "mtadam"):
+        return model, PerTaskSteps(problem, config, method, module, model)
+    return model, GradientSteps(problem, config, method, module, model, make_optimizer(module, config))
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -436,23 +473,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     return adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def _average(results: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    return {
-        task: {name: sum(result[task][name] for result in results) / len(results) for name in values}
-        for task, values in results[0].items()
-    }
-
-
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {task: tensor.cpu().numpy() for task, tensor in tensors.items()}
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if device.type == "cpu":
-        return batch
-    from lightning_fabric.utilities import move_data_to_device
-
-    return move_data_to_device(batch, device)
 
 
 def _plain(value: Any) -> Any:

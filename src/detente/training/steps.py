@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from detente.methods import Method, describe
-from detente.step import backward, task_gradients
+from detente.step import accumulate, backward, task_gradients
 from detente.training.config import TrainingConfig
 from detente.training.problem import Problem
 from detente.values import StepRecord
@@ -24,11 +25,25 @@ if TYPE_CHECKING:
 Forward = Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a process works through at once: its part of a batch, or a micro-batch of that.
+
+    Attributes:
+        inputs, labels: as the problem gives them.
+        examples: how many; None where they are the whole batch, which needs no weighting.
+    """
+
+    inputs: Any
+    labels: Any
+    examples: int | None = None
+
+
 class Steps(Protocol):
     """What the loop asks for, whatever moves the parameters."""
 
     def step(
-        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+        self, batches: Sequence[Batch], *, measure: bool, balance: bool
     ) -> tuple[StepRecord, dict[str, Any]]:
         """Move the parameters by one batch; the record, and what else is to be stored with the step.
 
@@ -65,21 +80,26 @@ class GradientSteps:
         self.info = describe(method)
         named = getattr(module, "shared_parameters", None)
         self.shared = None if named is None else list(named())
+        self.device = next(module.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "16-mixed" else None
         self.contributions = _contributions(config, module, optimizer)
 
     def step(
-        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+        self, batches: Sequence[Batch], *, measure: bool, balance: bool
     ) -> tuple[StepRecord, dict[str, Any]]:
         """Fill ``.grad``, in the space the configuration names; take the step unless it was refused."""
-        output = self.forward(inputs)
-        losses = self.problem.losses(output, labels)
         taken = None
-        if self.contributions is not None:  # at every step: Adam's averages remember all of them
-            taken = task_gradients(losses, shared=self.shared, retain_graph=True)
-        record = self._backward(output, losses, measure)
+        with nullcontext() if len(batches) == 1 else accumulate(self.method, len(batches)):
+            for batch in batches:
+                with autocast(self.config, self.device):
+                    output = self.forward(batch.inputs)
+                    losses = self.problem.losses(output, batch.labels)
+                if self.contributions is not None:  # at every step: Adam's averages remember all of them
+                    taken = task_gradients(losses, shared=self.shared, retain_graph=True)
+                record = self._backward(output, losses, batch.examples, measure)
         further: dict[str, Any] = {}
         if record.accepted:
-            self.optimizer.step()
+            self._move()
             if self.contributions is not None and taken is not None:
                 seen = self.contributions.measure(taken, _known_weights(record, self.info.name))
                 further = {"balance": seen.to_dict()} if balance else {}
@@ -95,17 +115,34 @@ class GradientSteps:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, and what the tasks contributed so far."""
+        """The optimizer's and the scaler's, and what the tasks contributed so far."""
         watched = None if self.contributions is None else self.contributions.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "contributions": watched}
+        state = {"optimizer": self.optimizer.state_dict(), "contributions": watched}
+        return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.contributions is not None:
             self.contributions.load_state_dict(state["contributions"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
 
-    def _backward(self, output: Any, losses: Mapping[str, torch.Tensor], measure: bool) -> StepRecord:
+    def _move(self) -> None:
+        """Clip, and move the parameters; a scaler skips the step where a gradient overflowed."""
+        if self.config.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def _backward(
+        self, output: Any, losses: Mapping[str, torch.Tensor], examples: int | None, measure: bool
+    ) -> StepRecord:
         config = self.config
         used = self.info.takes_gradients or measure or config.scale != "native"
         space = config.gradients if used else "none"
@@ -121,7 +158,10 @@ class GradientSteps:
             shared=self.shared,
             solve_on=last() if space == "layer" else None,
             scale=config.scale,
+            memory=config.memory,
             measure=measure,
+            scaler=self.scaler,
+            samples=examples,
         )
 
 
@@ -152,6 +192,7 @@ class PerTaskSteps:
                 f"method {config.method} out, or use optimizer mao."
             )
         self.problem, self.config, self.forward = problem, config, forward
+        self.device = next(module.parameters()).device
         shared, own = roles(module, f"optimizer {config.optimizer}")
         transform = _altering(config, method)
         options: dict[str, Any] = {} if transform is None else {"transform": transform}
@@ -166,11 +207,13 @@ class PerTaskSteps:
         )
 
     def step(
-        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+        self, batches: Sequence[Batch], *, measure: bool, balance: bool
     ) -> tuple[StepRecord, dict[str, Any]]:
         """One backward for each task, one move; with ``balance`` also what each task contributes to it."""
-        losses = self.problem.losses(self.forward(inputs), labels)
-        record = self.optimizer.step(losses, measure=balance)
+        (batch,) = batches
+        with autocast(self.config, self.device):
+            losses = self.problem.losses(self.forward(batch.inputs), batch.labels)
+        record = self.optimizer.step(losses, measure=balance, samples=batch.examples)
         seen = self.optimizer.balance
         return record, {} if seen is None else {"balance": seen.to_dict()}
 
@@ -256,17 +299,18 @@ class SearchedSteps:
         self.tally, self.warned = Tally(), False
 
     def step(
-        self, inputs: Any, labels: Any, *, measure: bool, balance: bool
+        self, batches: Sequence[Batch], *, measure: bool, balance: bool
     ) -> tuple[StepRecord, dict[str, Any]]:
         """One search on one batch; the search's own record tells the conflict."""
+        (batch,) = batches
 
         def closure(features: Any = None) -> tuple[Any, dict[str, torch.Tensor]]:
             output = (
-                self.forward(inputs)
+                self.forward(batch.inputs)
                 if features is None
                 else self.problem.from_features(self.module, features)
             )
-            return self.problem.features(output), self.problem.losses(output, labels)
+            return self.problem.features(output), self.problem.losses(output, batch.labels)
 
         found = self._search(closure)
         self.tally.add(found)
@@ -338,6 +382,13 @@ class SearchedSteps:
             if self.config.search_small_step is not None:
                 advice = "Lower --search-small-step or --learning-rate."
             raise SearchFailed(error.told, advice, error.tasks) from error
+
+
+def autocast(config: TrainingConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of a forward pass and its losses."""
+    if config.precision == "32-true":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if config.precision == "bf16-mixed" else torch.float16)
 
 
 def roles(module: nn.Module, what: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
