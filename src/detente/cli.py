@@ -275,7 +275,7 @@ def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
 def _evaluate(command: EvaluateCommand) -> int:
     from detente.experiments import find
     from detente.records import read_run
-    from detente.training import checkpoint, evaluate
+    from detente.training.evaluation import measured
 
     run = read_run(command.run)
     if run.result is None:
@@ -287,14 +287,7 @@ def _evaluate(command: EvaluateCommand) -> int:
     stored["data_dir"] = command.data_dir or (Path(stored["data_dir"]) if stored["data_dir"] else None)
     problem = experiment.build(experiment.config(**stored))
     model = problem.model()
-    results = []
-    for epoch in run.result["selected_epochs"]:
-        model.load_state_dict(checkpoint.load(checkpoint.weights_file(run.path, epoch)))
-        results.append(evaluate(problem, model, command.split))
-    metrics = {
-        task: {name: sum(found[task][name] for found in results) / len(results) for name in values}
-        for task, values in results[0].items()
-    }
+    metrics = measured(problem, model, run.path, run.result["selected_epochs"], command.split)
     if command.json:
         keys = ("experiment", "method", "options", "gradients", "seed")
         about = {key: run.config[key] for key in keys}

@@ -99,6 +99,10 @@ class TrainingConfig:
     """Main metric of a network trained for one task alone, as task=value, for the rule delta-m."""
     selection_k: int = 10
     """k of the rule last-k."""
+    test: bool = True
+    """Measure the chosen epochs on test data. A run finished without is measured when it is asked for again."""
+    threads: int | None = None
+    """Threads a process computes with; left out, as many as torch chooses. Rounding depends on it."""
     seed: int = 0
     """Seeds the network, the order of the data and the method."""
     record_steps: int = 200
@@ -120,6 +124,8 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "devices", "accumulate", "selection_k", "record_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be at least 1.")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1.")
         if self.halve_every < 0:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from detente.training import checkpoint
 from detente.training.problem import Problem, SplitName
 
 _BATCH = 1000
@@ -48,9 +51,24 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return move_data_to_device(batch, device)
 
 
-def average(results: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Every metric's mean over several evaluations."""
+def measured(
+    problem: Problem, model: nn.Module, folder: Path, epochs: Sequence[int], split: SplitName
+) -> dict[str, dict[str, float]]:
+    """Every metric's mean over the weights of some epochs of a run; ``model`` is left with the last.
+
+    Args:
+        problem, model, split: as for :func:`evaluate`.
+        folder: of the run.
+        epochs: counted from 1.
+
+    Raises:
+        CheckpointError: their weights are missing or damaged.
+    """
+    found = []
+    for epoch in epochs:
+        model.load_state_dict(checkpoint.load(checkpoint.weights_file(folder, epoch)))
+        found.append(evaluate(problem, model, split))
     return {
-        task: {name: sum(result[task][name] for result in results) / len(results) for name in values}
-        for task, values in results[0].items()
+        task: {name: sum(each[task][name] for each in found) / len(found) for name in values}
+        for task, values in found[0].items()
     }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from detente.methods import Method, create, describe
 from detente.records import SCHEMA, RunFolder, versions
 from detente.training import checkpoint
 from detente.training.config import TrainingConfig
-from detente.training.evaluation import average, evaluate, to_device
+from detente.training.evaluation import evaluate, measured, to_device
 from detente.training.memory import peak_bytes, reset_peak
+from detente.training.position import Position
 from detente.training.problem import Problem
-from detente.training.processes import Processes, Unwritten
+from detente.training.processes import Processes, Unwritten, threads
 from detente.training.progress import Progress, progress
 from detente.training.selection import chosen, kept
 from detente.training.steps import Batch, GradientSteps, PerTaskSteps, SearchedSteps, Steps, autocast
@@ -31,39 +32,7 @@ _SAMPLES = 12
 # Several processes have several clocks: at these steps the first one's decides whether a checkpoint is due.
 _STEPS_BETWEEN_LOOKS = 20
 # What may differ between the command that started a run and one that resumes it.
-_VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir")
-
-
-@dataclass
-class Position:
-    """Where a run stands: saved in every checkpoint.
-
-    Attributes:
-        loss_sums: of this epoch, for each task the losses of its examples added up.
-        examples: of this epoch, for each task the examples behind that sum: a task may be absent from a batch.
-        refused: of this epoch, the steps that moved nothing.
-        epoch_seconds, seconds, step_seconds: of this epoch, of the run, and of each step that measured nothing.
-        history: for each epoch that ended every task's main metric on validation data, higher being better.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    loss_sums: dict[str, float] = field(default_factory=dict)
-    examples: dict[str, int] = field(default_factory=dict)
-    refused: int = 0
-    epoch_seconds: float = 0.0
-    seconds: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> Position:
-        """As a checkpoint holds it; an older one counts the examples of all tasks together."""
-        at = cls(**saved)
-        if isinstance(at.examples, int):
-            at.examples = dict.fromkeys(at.loss_sums, at.examples)
-        return at
+_VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir", "config.test")
 
 
 def train(
@@ -143,12 +112,36 @@ def train(
             return None if result is None else dict(result)
 
         finished = processes.first(begin)
-        if finished is not None:
+        if finished is not None and (finished["metrics"] or not config.test):
             return finished
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), threads(config.threads):
+            if finished is not None:
+                return processes.first(lambda: _test_later(problem, processes.device, records, finished))
             run = _Run(problem, config, method, processes, records, stored, quiet)
             run.advance()
             return run.finish()
+
+
+def _test_later(
+    problem: Problem, device: torch.device, records: RunFolder | Unwritten, result: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Measure a run on test data that was finished without."""
+    module = problem.model().to(device)
+    whole = {**result, "metrics": _tested(problem, module, records, result["selected_epochs"])}
+    records.write_result(whole)
+    return whole
+
+
+def _tested(
+    problem: Problem, module: nn.Module, records: RunFolder | Unwritten, epochs: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Test metrics of the chosen epochs; a few examples with predictions are stored beside them."""
+    found = measured(problem, module, records.path, epochs, "test")
+    samples = problem.samples(module, _SAMPLES)
+    if samples is not None:
+        images, targets, predictions = samples
+        records.write_samples(images.cpu().numpy(), _arrays(targets), _arrays(predictions))
+    return found
 
 
 def create_method(problem: Problem, config: TrainingConfig) -> Method:
@@ -400,15 +393,8 @@ class _Run:
         epochs = [
             epoch + 1 for epoch in chosen(config.selection, at.history, config.selection_k, self.baselines)
         ]
-        tested, validated = [], []
-        for epoch in epochs:
-            self.module.load_state_dict(checkpoint.load(checkpoint.weights_file(self.records.path, epoch)))
-            tested.append(evaluate(self.problem, self.module, "test"))
-            validated.append(evaluate(self.problem, self.module, "validation"))
-        samples = self.problem.samples(self.module, _SAMPLES)
-        if samples is not None:
-            images, targets, predictions = samples
-            self.records.write_samples(images.cpu().numpy(), _arrays(targets), _arrays(predictions))
+        found = {"validation": measured(self.problem, self.module, self.records.path, epochs, "validation")}
+        found["metrics"] = _tested(self.problem, self.module, self.records, epochs) if config.test else {}
         checkpoint.keep_weights(self.records.path, epochs)
         batches = -(-len(self.data) // config.batch_size)
         per_step = float(np.median(at.step_seconds)) if at.step_seconds else None
@@ -423,8 +409,7 @@ class _Run:
             "steps": at.step,
             "selection": config.selection,
             "selected_epochs": epochs,
-            "metrics": average(tested),
-            "validation": average(validated),
+            **found,
             "seconds": at.seconds + time.perf_counter() - started,
             "seconds_per_step": per_step,
             "seconds_per_epoch": None if per_step is None else per_step * batches,

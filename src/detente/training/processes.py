@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,6 +104,18 @@ class Processes:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """While this lasts torch computes with so many threads; None leaves it to torch."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Unwritten:
