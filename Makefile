@@ -2,6 +2,7 @@
 #   make demo    the main job on real digits, ends in runs/demo/report.html     (light environment, .venv)
 #   make test    all tests; ARGS="..." goes to pytest                            (full environment, .venv-dev)
 #   make bench   the numbers: time and memory beside plain loops and peers; ARGS names single benchmarks
+#   make compat  the tests of the library on the lowest torch and numpy it supports, and on the newest there are
 #   make docs | lint | types | coverage | format | locks | clean
 
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ FULL := .venv-dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 
-.PHONY: help demo test bench docs lint format types coverage locks clean install-light install-full
+.PHONY: help demo test compat bench docs lint format types coverage locks clean install-light install-full
 
 help:
 	@sed -n '1,/^$$/p' Makefile | sed 's/^# \{0,1\}//'
@@ -60,6 +61,27 @@ demo: $(LIGHT)/.installed
 
 test: $(FULL)/.installed
 	@$(FULL)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# What the metadata promise: the lowest versions, whose gaps only running shows, and the newest that pip finds.
+# Warnings are no errors here: another version deprecates other names. COMPAT names what is run.
+COMPAT ?= tests/geometry tests/methods tests/laws tests/autograd tests/step tests/optim tests/linesearch \
+  tests/distributed tests/training tests/records tests/statistics tests/experiments
+lowest := "torch==2.6.0" "numpy==2.0.0"
+newest := torch numpy
+
+compat:
+	@for name in lowest newest; do \
+	   where=.venv-compat-$$name; \
+	   case $$name in lowest) pins='$(lowest)';; newest) pins='--upgrade $(newest)';; esac; \
+	   if ! [ -e $$where/.installed ]; then \
+	     echo "Making $$where: minutes and several GB, once."; \
+	     $(PYTHON) -m venv --clear $$where; \
+	     eval "$$where/bin/pip install -qq $$pins -e '.[train,report,dev]'"; \
+	     touch $$where/.installed; \
+	   fi; \
+	   echo "=== $$name: $$($$where/bin/python -c 'import numpy, torch; print("torch", torch.__version__, "numpy", numpy.__version__)')"; \
+	   $$where/bin/python -m pytest -n $(WORKERS) --dist worksteal -q -W default $(COMPAT) $(ARGS); \
+	 done
 
 bench: $(FULL)/.installed
 	@$(FULL)/bin/python -m benchmarks $(ARGS)

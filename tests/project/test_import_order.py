@@ -42,6 +42,7 @@ ROOMS: dict[str, frozenset[str]] = {
 }
 ROOMS["training"] = frozenset(ROOMS) - {"statistics", "reports", "integrations"}
 ROOMS["experiments"] = ROOMS["training"] | {"training", "reports"}
+ROOMS["sweeps"] = ROOMS["experiments"] | {"experiments", "statistics"}
 ROOMS["detente"] = frozenset({"values", "methods", "autograd", "step"})
 ROOMS["cli"] = frozenset(ROOMS)
 

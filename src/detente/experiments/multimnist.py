@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -174,6 +174,8 @@ EXPERIMENT = Experiment(
     source="Sener & Koltun 2018, section 4.1 and appendix C.1; Aygar 2019, section 3.1",
     config=MultiMNISTConfig,
     build=build,
+    learning_rates=(1e-4, 5e-4, 1e-3, 5e-3, 1e-2, 5e-2),
+    alone=lambda config, task: replace(config, tasks=task),
     published=(
         _row("single task", 97.23, 95.90),
         _row("uniform", 96.46, 94.99),

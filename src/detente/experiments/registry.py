@@ -7,8 +7,10 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+from detente.training import train
 from detente.training.config import TrainingConfig
 from detente.training.problem import Problem
 
@@ -43,6 +45,9 @@ class Experiment:
         config: the typed configuration; it is the command line.
         build: from a configuration to the problem; reads the data.
         published: rows of the papers' tables, with the conventions they hold for.
+        learning_rates: the protocol's grid, where a sweep starts.
+        alone: from a configuration and a task to the configuration that trains this task alone.
+        trainer: trains in place of :func:`detente.training.train`, with the same arguments; None for that one.
     """
 
     name: str
@@ -51,6 +56,44 @@ class Experiment:
     config: type[TrainingConfig]
     build: Callable[[Any], Problem]
     published: Sequence[Published] = ()
+    learning_rates: Sequence[float] = (1e-4, 1e-3, 1e-2)
+    alone: Callable[[Any, str], Any] | None = None
+    trainer: Callable[..., dict[str, Any]] | None = None
+
+    def run(
+        self,
+        config: TrainingConfig,
+        folder: Path,
+        *,
+        command: str,
+        label: str | None = None,
+        quiet: bool = False,
+    ) -> dict[str, Any]:
+        """Train what a configuration asks for, or go on, or give the result that is there.
+
+        Args:
+            config: an instance of :attr:`config`.
+            folder: of the run.
+            command: for the record.
+            label: how tables call the run; None leaves that to the trainer.
+            quiet: show no progress.
+
+        Returns:
+            The result as stored.
+
+        Raises:
+            ValueError: as :func:`detente.training.train`.
+        """
+        trainer = self.trainer or train
+        return trainer(
+            self.build(config),
+            config,
+            folder,
+            experiment=self.name,
+            command=command,
+            label=label,
+            quiet=quiet,
+        )
 
 
 def experiments() -> dict[str, Experiment]:

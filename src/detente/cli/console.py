@@ -1,0 +1,26 @@
+"""What the commands share: how a mistake of the user is told, and how a table is printed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done as asked."""
+
+
+def rank() -> int:
+    """Of this process among several that run one command, 0 where it is the only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table as wide as the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

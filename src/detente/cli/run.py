@@ -1,0 +1,112 @@
+"""`detente run`: one run of a protocol, in one process or several."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from detente.cli.console import UsageError, rank
+
+
+def run(arguments: list[str]) -> int:
+    """Parse the protocol\'s configuration, and train; in several processes if it asks for them."""
+    import tyro
+
+    from detente.experiments import experiments, find
+    from detente.training import train
+    from detente.training.launch import end_with_the_starter, launch, launched
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: detente run EXPERIMENT [options]     (detente run EXPERIMENT --help lists them)\n")
+        for experiment in experiments().values():
+            print(f"  {experiment.name:14} {experiment.summary}")
+        return 0 if arguments else 2
+    experiment = find(arguments[0])
+
+    def parse(config: Any, out: Path | None = None, json: bool = False) -> tuple[Any, Path | None, bool]:
+        """Run a protocol.
+
+        Args:
+            config: the protocol.
+            out: Folder of the run. Default: runs/EXPERIMENT/METHOD-GRADIENTS-seedS.
+            json: Print one JSON object.
+        """
+        return config, out, json
+
+    unprefixed: Any = tyro.conf.OmitArgPrefixes
+    parse.__annotations__["config"] = unprefixed[experiment.config]
+    parse.__annotations__["out"] = Path | None
+    parse.__annotations__["json"] = bool
+    parse.__doc__ = f"{experiment.name}: {experiment.summary}.\n\nSource: {experiment.source}"
+    config, out, as_json = tyro.cli(
+        parse,
+        args=arguments[1:],
+        prog=f"detente run {experiment.name}",
+        config=(tyro.conf.UseAppendAction,),
+    )
+    _check_method(config)
+    if config.devices > 1 and not launched():
+        return launch(config.devices, ["run", *arguments])
+    end_with_the_starter()
+    label = _single_task_label(config)
+    folder = out or Path("runs") / experiment.name / run_name(config, label)
+    with redirect_stdout(sys.stderr):
+        result = train(
+            experiment.build(config),
+            config,
+            folder,
+            experiment=experiment.name,
+            command=shlex.join(["detente", "run", *arguments]),
+            label=label,
+            quiet=as_json and not sys.stderr.isatty(),
+        )
+    if rank() == 0:
+        _print_result(result, folder, as_json)
+    return 0
+
+
+def _check_method(config: Any) -> None:
+    """Find out about a wrong method or option before any data are read."""
+    from detente.methods import create
+
+    try:
+        create(config.method, **config.method_options())
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def run_name(config: Any, label: str | None) -> str:
+    """A folder name that tells runs of one experiment apart."""
+    method = Path(config.method.rpartition(":")[2] if ".py:" in config.method else config.method).name
+    parts = [label.replace(": ", "-").replace(" ", "-") if label else f"{method}-{config.gradients}"]
+    parts += [option.replace("=", "-").replace("/", "-") for option in config.option]
+    return "-".join([*parts, f"seed{config.seed}"])
+
+
+def _single_task_label(config: Any) -> str | None:
+    alone = getattr(config, "tasks", "both")
+    return None if alone == "both" else f"single task: {alone}"
+
+
+def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
+    if as_json:
+        keys = (
+            "experiment",
+            "method",
+            "options",
+            "gradients",
+            "seed",
+            "epochs",
+            "steps",
+            "metrics",
+            "seconds",
+        )
+        print(json.dumps({**{key: result[key] for key in keys}, "folder": str(folder)}))
+        return
+    for task, values in result["metrics"].items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    print(f"{result['epochs']} epochs, {result['seconds']:.0f} s, records in {folder}")

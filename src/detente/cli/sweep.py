@@ -1,0 +1,123 @@
+"""`detente sweep`: many runs of a protocol under equal conditions."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detente.cli.console import UsageError, print_columns
+
+
+@dataclass(frozen=True)
+class SweepCommand:
+    """Where a sweep is stored, and how it is told."""
+
+    out: Path | None = None
+    """Folder of the sweep. Default: runs/EXPERIMENT-sweep."""
+    plan: bool = False
+    """Print what would be run, and run nothing."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run_sweep(arguments: list[str]) -> int:
+    """Parse sweep and protocol, see that all is in order, carry out the sweep, print what came out."""
+    import tyro
+
+    from detente.experiments import experiments, find
+    from detente.sweeps import SweepConfig, plan_of, sweep
+    from detente.sweeps.outcome import table
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: detente sweep EXPERIMENT [options]     (detente sweep EXPERIMENT --help lists them)\n")
+        for experiment in experiments().values():
+            print(f"  {experiment.name:14} {experiment.summary}")
+        return 0 if arguments else 2
+    experiment = find(arguments[0])
+
+    def parse(asked: Any, command: Any) -> Any:
+        return asked, command
+
+    unprefixed: Any = tyro.conf.OmitArgPrefixes
+    parse.__annotations__.update(asked=unprefixed[SweepConfig], command=unprefixed[SweepCommand])
+    prog = f"detente sweep {experiment.name}"
+    (asked, command), others = tyro.cli(
+        parse,
+        args=arguments[1:],
+        prog=prog,
+        description=(
+            f"Compare methods on {experiment.name} under equal conditions. All flags of `detente run` are taken too, "
+            "and hold for every run."
+        ),
+        return_unknown_args=True,
+    )
+
+    def config_of(flags: Sequence[str]) -> Any:
+        try:
+            return tyro.cli(
+                experiment.config, args=[*others, *flags], prog=prog, config=(tyro.conf.UseAppendAction,)
+            )
+        except SystemExit as error:
+            raise UsageError(f"flags {shlex.join([*others, *flags])!r} are not understood.") from error
+
+    folder = command.out or Path("runs") / f"{_file_name(experiment.name)}-sweep"
+    with redirect_stdout(sys.stderr):
+        plan = plan_of(experiment, asked, config_of)
+    if command.plan:
+        return _print_plan(plan, command.json)
+    with redirect_stdout(sys.stderr):
+        found = sweep(
+            experiment,
+            plan,
+            folder,
+            command=shlex.join(["detente", "sweep", *arguments]),
+            quiet=command.json and not sys.stderr.isatty(),
+        )
+    if command.json:
+        print(json.dumps({**found, "folder": str(folder)}))
+    else:
+        header, rows = table(found)
+        print_columns(header, rows)
+        print()
+        for sentence in found["conditions"]:
+            print(sentence)
+        print(f"Everything is in {folder}.")
+    for name, reason in found["failures"].items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if found["failures"] else 0
+
+
+def _print_plan(plan: Any, as_json: bool) -> int:
+    """What would be run: every contender with its tuning runs."""
+    rows = [
+        (
+            one.name,
+            str(len(plan.points[one.name])),
+            ", ".join(f"{point.learning_rate:g}" for point in plan.points[one.name] if not point.options),
+            str(sum(bool(point.options) for point in plan.points[one.name])),
+        )
+        for one in plan.contenders
+    ]
+    if as_json:
+        contenders = [
+            {"name": row[0], "tuning_runs": int(row[1]), "with_options": int(row[3])} for row in rows
+        ]
+        print(json.dumps({"experiment": plan.experiment, "runs": plan.size(), "contenders": contenders}))
+        return 0
+    print_columns(
+        ("contender", "tuning runs", "learning rates by default options", "with other options"), rows
+    )
+    print(
+        f"\n{plan.size()} runs, and up to {plan.asked.extend} more for each contender whose best is at an edge."
+    )
+    return 0
+
+
+def _file_name(text: str) -> str:
+    return Path(text.rpartition(":")[2] or text).name
