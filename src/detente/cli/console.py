@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -13,6 +14,16 @@ class UsageError(Exception):
 def rank() -> int:
     """Of this process among several that run one command, 0 where it is the only one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def file_name(name: str) -> str:
+    """What names a folder of runs: an experiment's name, or that of the user's own class or method.
+
+    Example:
+        >>> file_name("problems/mine.py:Prices")
+        'Prices'
+    """
+    return Path(name.rpartition(":")[2] or name).name
 
 
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from detente.cli.console import UsageError, rank
+from detente.cli.console import UsageError, file_name, rank
 
 
 def run(arguments: list[str]) -> int:
@@ -17,7 +17,6 @@ def run(arguments: list[str]) -> int:
     import tyro
 
     from detente.experiments import experiments, find
-    from detente.training import train
     from detente.training.launch import end_with_the_starter, launch, launched
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -52,14 +51,13 @@ def run(arguments: list[str]) -> int:
     if config.devices > 1 and not launched():
         return launch(config.devices, ["run", *arguments])
     end_with_the_starter()
-    label = _single_task_label(config)
-    folder = out or Path("runs") / experiment.name / run_name(config, label)
+    alone = experiment.task_of(config)
+    label = None if alone is None else f"single task: {alone}"
+    folder = out or Path("runs") / file_name(experiment.name) / run_name(config, label)
     with redirect_stdout(sys.stderr):
-        result = train(
-            experiment.build(config),
+        result = experiment.run(
             config,
             folder,
-            experiment=experiment.name,
             command=shlex.join(["detente", "run", *arguments]),
             label=label,
             quiet=as_json and not sys.stderr.isatty(),
@@ -85,11 +83,6 @@ def run_name(config: Any, label: str | None) -> str:
     parts = [label.replace(": ", "-").replace(" ", "-") if label else f"{method}-{config.gradients}"]
     parts += [option.replace("=", "-").replace("/", "-") for option in config.option]
     return "-".join([*parts, f"seed{config.seed}"])
-
-
-def _single_task_label(config: Any) -> str | None:
-    alone = getattr(config, "tasks", "both")
-    return None if alone == "both" else f"single task: {alone}"
 
 
 def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:

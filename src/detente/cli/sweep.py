@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detente.cli.console import UsageError, print_columns
+from detente.cli.console import UsageError, file_name, print_columns
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run_sweep(arguments: list[str]) -> int:
         except SystemExit as error:
             raise UsageError(f"flags {shlex.join([*others, *flags])!r} are not understood.") from error
 
-    folder = command.out or Path("runs") / f"{_file_name(experiment.name)}-sweep"
+    folder = command.out or Path("runs") / f"{file_name(experiment.name)}-sweep"
     with redirect_stdout(sys.stderr):
         plan = plan_of(experiment, asked, config_of)
     if command.plan:
@@ -117,7 +117,3 @@ def _print_plan(plan: Any, as_json: bool) -> int:
         f"\n{plan.size()} runs, and up to {plan.asked.extend} more for each contender whose best is at an edge."
     )
     return 0
-
-
-def _file_name(text: str) -> str:
-    return Path(text.rpartition(":")[2] or text).name

@@ -34,6 +34,10 @@ class Published:
     source: str
 
 
+def _several(config: Any) -> None:
+    """A configuration that trains all tasks."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A protocol: its configuration, the problem it builds, and what was published of it.
@@ -47,6 +51,7 @@ class Experiment:
         published: rows of the papers' tables, with the conventions they hold for.
         learning_rates: the protocol's grid, where a sweep starts.
         alone: from a configuration and a task to the configuration that trains this task alone.
+        task_of: the task that a configuration trains alone, None where it trains several.
         trainer: trains in place of :func:`detente.training.train`, with the same arguments; None for that one.
     """
 
@@ -58,6 +63,7 @@ class Experiment:
     published: Sequence[Published] = ()
     learning_rates: Sequence[float] = (1e-4, 1e-3, 1e-2)
     alone: Callable[[Any, str], Any] | None = None
+    task_of: Callable[[Any], str | None] = _several
     trainer: Callable[..., dict[str, Any]] | None = None
 
     def run(
@@ -115,11 +121,15 @@ def experiments() -> dict[str, Experiment]:
 
 
 def find(name: str) -> Experiment:
-    """The experiment of that name.
+    """The experiment of that name, or that of a file: ``path/to/file.py:Name``.
 
     Raises:
         UnknownExperiment: there is none; close names are suggested.
     """
+    if name.rpartition(":")[0].endswith(".py"):
+        from detente.experiments.own import from_file
+
+        return from_file(name)
     known = experiments()
     if name not in known:
         close = get_close_matches(name, known, n=1)

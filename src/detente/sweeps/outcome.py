@@ -76,9 +76,9 @@ def conditions(plan: Plan, choices: Mapping[str, Choice]) -> list[str]:
     tuned = asked.tune_epochs or first.epochs
     scales = sorted({one.config.scale for one in plan.contenders if one.kind == "method"})
     told = [
-        f"Every contender had {asked.trials} tuning runs of {tuned} epochs over its declared options and the learning "
-        f"rate, with seed 0; what was chosen was trained for {first.epochs} epochs with "
-        f"{asked.seeds} seed{'s'[: asked.seeds > 1]}.",
+        f"Every contender had {asked.trials} tuning runs of {_count(tuned, 'epoch')} over its declared options and the "
+        f"learning rate, with seed 0; what was chosen was trained for {_count(first.epochs, 'epoch')} with "
+        f"{_count(asked.seeds, 'seed')}.",
         f"Configurations were chosen on validation data by {_RULES[asked.rule]}"
         + (", single tasks by their own main metric." if asked.singles and len(plan.tasks) > 1 else "."),
         "Test data were read by the chosen configurations alone, once for each run.",
@@ -135,16 +135,22 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             *(["-", "-"] if choice is None else [f"{choice['learning_rate']:g}", _shown(choice)]),
         ]
         for task, metric in metrics.items():
-            row.append(_spread(entry["test"].get(task), 100.0 if metric["percent"] else 1.0))
+            row.append(_spread(entry["test"].get(task), metric["percent"]))
         said = (comparison or {"methods": {}})["methods"].get(entry["name"])
         if said is None:
             rows.append((float("inf"), [*row, "", "", *([""] if reference else [])]))
             continue
-        row += [_spread(said["score"], 1.0), f"{said['mean_rank']:.2f}"]
+        score = said["score"]
+        spread = "" if score["deviation"] is None else f" ± {score['deviation']:.2f}"
+        row += [f"{score['mean']:.2f}{spread}", f"{said['mean_rank']:.2f}"]
         if reference:
             row.append(_against(said))
         rows.append((said["score"]["mean"], row))
     return header, [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s'[: number != 1]}"
 
 
 def _against(said: Mapping[str, Any]) -> str:
@@ -159,15 +165,13 @@ def _shown(choice: Mapping[str, Any]) -> str:
     return ", ".join(choice["options"]) or "defaults"
 
 
-def _spread(found: Mapping[str, Any] | None, factor: float) -> str:
+def _spread(found: Mapping[str, Any] | None, percent: bool) -> str:
+    """Mean ± deviation; what is in percent has two decimals, everything else four digits."""
     if found is None:
         return "-"
-    mean = (
-        f"{found['mean'] * factor:.2f}"
-        if factor != 1 or abs(found["mean"]) >= 0.1
-        else f"{found['mean']:.4g}"
-    )
-    return mean if found["deviation"] is None else f"{mean} ± {found['deviation'] * factor:.2f}"
+    factor, form = (100.0, ".2f") if percent else (1.0, ".4g")
+    mean = f"{found['mean'] * factor:{form}}"
+    return mean if found["deviation"] is None else f"{mean} ± {found['deviation'] * factor:.2g}"
 
 
 def _contender(

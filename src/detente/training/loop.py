@@ -32,7 +32,7 @@ _SAMPLES = 12
 # Several processes have several clocks: at these steps the first one's decides whether a checkpoint is due.
 _STEPS_BETWEEN_LOOKS = 20
 # What may differ between the command that started a run and one that resumes it.
-_VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir", "config.test")
+VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir", "config.test")
 
 
 def train(
@@ -106,7 +106,7 @@ def train(
 
         def begin() -> dict[str, Any] | None:
             nonlocal records
-            opened = RunFolder.open_or_create(folder, stored, ignore=_VOLATILE, defaults=defaults)
+            opened = RunFolder.open_or_create(folder, stored, ignore=VOLATILE, defaults=defaults)
             records = files.enter_context(opened)
             result = opened.read().result
             return None if result is None else dict(result)
