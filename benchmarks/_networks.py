@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ class Case:
         forward: runs the network; returns the representation and the T losses.
         shared: parameters of the trunk.
         own: parameters of each head.
+        batch: examples.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Case:
     forward: Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]
     shared: list[nn.Parameter]
     own: list[list[nn.Parameter]]
+    batch: int
 
     def clear(self) -> None:
         """Forget every gradient."""
@@ -65,34 +67,95 @@ def resnet18_trunk() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def lenet(batch: int = 256) -> Case:
-    """LeNet on two digits."""
+def _case(
+    name: str, trunk: nn.Module, heads: Iterable[nn.Module], inputs: torch.Tensor, classes: int
+) -> Case:
+    """Every head classifies what the trunk makes of the same inputs."""
+    heads = nn.ModuleList(heads)
+    batch = len(inputs)
+    labels = torch.randint(0, classes, (len(heads), batch))
+
+    def forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        features = trunk(inputs)
+        losses = [F.cross_entropy(h(features), y) for h, y in zip(heads, labels, strict=True)]
+        return features, losses
+
+    own = [list(head.parameters()) for head in heads]
+    return Case(name, len(heads), forward, list(trunk.parameters()), own, batch)
+
+
+def lenet(tasks: int = 2, batch: int = 256) -> Case:
+    """LeNet on digits; every task has ten classes and the head of LeNet."""
     torch.manual_seed(0)
-    model = LeNet(28, {"left": 10, "right": 10})
+    names = [f"digit {task}" for task in range(tasks)]
+    model = LeNet(28, dict.fromkeys(names, 10))
     images = torch.randn(batch, 1, 28, 28)
-    labels = torch.randint(0, 10, (2, batch))
+    labels = torch.randint(0, 10, (tasks, batch))
 
     def forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
         output = model(images)
         losses = [F.cross_entropy(z, y) for z, y in zip(output.predictions.values(), labels, strict=True)]
         return output.features, losses
 
-    own = [model.task_parameters(task) for task in ("left", "right")]
-    return Case("LeNet", 2, forward, model.shared_parameters(), own)
+    own = [model.task_parameters(name) for name in names]
+    return Case("LeNet", tasks, forward, model.shared_parameters(), own, batch)
 
 
 def resnet(tasks: int, batch: int = 32, side: int = 64) -> Case:
-    """ResNet-18 with T linear heads of two outputs."""
+    """ResNet-18 with T linear heads of two classes."""
     torch.manual_seed(0)
     trunk = resnet18_trunk()
-    heads = nn.ModuleList(nn.Linear(512, 2) for _ in range(tasks))
-    images = torch.randn(batch, 3, side, side)
-    labels = torch.randint(0, 2, (tasks, batch))
+    heads = [nn.Linear(512, 2) for _ in range(tasks)]
+    return _case(f"ResNet-18 {side}x{side}", trunk, heads, torch.randn(batch, 3, side, side), 2)
 
-    def forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        features = trunk(images)
-        losses = [F.cross_entropy(h(features), y) for h, y in zip(heads, labels, strict=True)]
-        return features, losses
 
-    own = [list(head.parameters()) for head in heads]
-    return Case(f"ResNet-18 {side}x{side}", tasks, forward, list(trunk.parameters()), own)
+class _Averaged(nn.Module):
+    """A transformer's encoder; the representation is the mean over the tokens."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.encoder(tokens).mean(dim=1)
+
+
+def transformer(tasks: int, batch: int = 16, width: int = 128, tokens: int = 64) -> Case:
+    """A transformer of four layers on sequences of embedded tokens, with T linear heads of ten classes."""
+    torch.manual_seed(0)
+    heads = [nn.Linear(width, 10) for _ in range(tasks)]
+    return _case("transformer", _Averaged(width, 4), heads, torch.randn(batch, tokens, width), 10)
+
+
+class _Last(nn.Module):
+    """A recurrent network; the representation is its last state."""
+
+    def __init__(self, inside: int, width: int) -> None:
+        super().__init__()
+        self.cells = nn.GRU(inside, width, batch_first=True)
+
+    def forward(self, sequence: torch.Tensor) -> torch.Tensor:
+        return self.cells(sequence)[1][0]
+
+
+def recurrent(tasks: int, batch: int = 32, width: int = 128, length: int = 64) -> Case:
+    """A recurrent network (GRU) on sequences, with T linear heads of ten classes."""
+    torch.manual_seed(0)
+    heads = [nn.Linear(width, 10) for _ in range(tasks)]
+    return _case("GRU", _Last(64, width), heads, torch.randn(batch, length, 64), 10)
+
+
+def many_heads(tasks: int = 100, batch: int = 128, width: int = 64) -> Case:
+    """Small heads of two layers, ten classes each, on a trunk of three layers."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, width),
+        nn.ReLU(),
+    ]
+    heads = [nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 10)) for _ in range(tasks)]
+    return _case("small heads on a small trunk", nn.Sequential(*layers), heads, torch.randn(batch, 256), 10)

@@ -8,20 +8,37 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    *,
+    budget: float = float("inf"),
+    least: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, ``rounds`` of each, taken in turns after ``warmup`` unmeasured rounds."""
+    """Seconds of every call, ``rounds`` of each, taken in turns after ``warmup`` unmeasured rounds.
+
+    Once ``budget`` seconds have been measured no further round begins, but there are ``least`` of them.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    spent = 0.0
     for number in range(warmup + rounds):
+        if number >= warmup + least and spent > budget:
+            break
         for name, run in runs.items():
             started = time.perf_counter()
             run()
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - started)
+                spent += seconds[name][-1]
     return seconds
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, base: str) -> tuple[float, float, float]:
     """Median, smallest and largest ratio of two runs of the same round."""
-    found = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-    return statistics.median(found), min(found), max(found)
+    found = by_round(seconds, name, base)
+    return statistics.median(found), found[0], found[-1]
+
+
+def by_round(seconds: Mapping[str, list[float]], name: str, base: str) -> list[float]:
+    """The ratios of two runs of the same round, in ascending order."""
+    return sorted(a / b for a, b in zip(seconds[name], seconds[base], strict=True))

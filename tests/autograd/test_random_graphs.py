@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
 from twins.engine import TOLERANCE, Spy, Weighting, assert_grads, expected, gradient, row
+from twins.graphs import OPERATIONS, Plan, Pool, whole_of
 
 import detente
-
-WIDTH = 3
-OPERATIONS = ("linear", "tanh", "add", "multiply", "join", "parameter", "detach")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A graph: each node is an operation on earlier nodes (node 0 is the input) with a module out of a pool."""
-
-    nodes: tuple[tuple[str, int, int, int], ...]
-    losses: tuple[tuple[int, int | None], ...]  # the node each loss looks at, and a head out of the pool
-    features: tuple[int, ...]
-    seed: int
 
 
 @st.composite
@@ -39,47 +27,6 @@ def plans(draw: st.DrawFn) -> Plan:
     losses = draw(st.lists(st.tuples(node, st.none() | st.integers(0, 2)), min_size=1, max_size=4))
     features = draw(st.lists(node, min_size=1, max_size=3, unique=True))
     return Plan(tuple(nodes), tuple(losses), tuple(features), draw(st.integers(0, 99)))
-
-
-class Pool:
-    """The modules of a plan, and the plan carried out on them."""
-
-    def __init__(self, plan: Plan) -> None:
-        torch.manual_seed(plan.seed)
-        self.plan = plan
-        double = {"dtype": torch.float64}
-        self.linear = nn.ModuleList(nn.Linear(WIDTH, WIDTH, **double) for _ in range(3))
-        self.join = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH, **double) for _ in range(3))
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, 2, **double) for _ in range(3))
-        self.bare = nn.ParameterList(nn.Parameter(torch.randn(WIDTH, **double)) for _ in range(3))
-        self.input = torch.randn(2, WIDTH, **double)
-        self.parameters = [
-            *self.linear.parameters(),
-            *self.join.parameters(),
-            *self.heads.parameters(),
-            *self.bare,
-        ]
-
-    def run(self, cut: Sequence[int] = ()) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Losses and features. Nodes in ``cut`` are replaced by copies of themselves that remember nothing."""
-        values = [self.input]
-        for number, (operation, i, j, module) in enumerate(self.plan.nodes, start=1):
-            x, y = values[i], values[j]
-            value = {
-                "linear": lambda x=x, m=module: self.linear[m](x),
-                "tanh": lambda x=x: x.tanh(),
-                "add": lambda x=x, y=y: x + y,
-                "multiply": lambda x=x, y=y: x * y,
-                "join": lambda x=x, y=y, m=module: self.join[m](torch.cat([x, y], dim=1)),
-                "parameter": lambda x=x, m=module: x * self.bare[m],
-                "detach": lambda x=x, y=y: x.detach() + y,
-            }[operation]()
-            values.append(value.detach().requires_grad_() if number in cut else value)
-        losses = {}
-        for task, (node, head) in enumerate(self.plan.losses):
-            seen = values[node] if head is None else self.heads[head](values[node])
-            losses[f"task {task}"] = (seen + 0.1 * task).square().mean() + seen.sin().sum()
-        return losses, [values[node] for node in self.plan.features]
 
 
 def _weights(losses: dict[str, torch.Tensor]) -> list[float]:
@@ -177,3 +124,42 @@ def test_what_was_shared_once_stays_shared(plan: Plan, batches: list[list[int]])
         want = expected(losses, pool.parameters, spy.weights, shared=shared)
         detente.backward(losses, spy)
         assert_grads(pool.parameters, want)
+
+
+@settings(max_examples=80)
+@given(
+    plans(),
+    st.sampled_from(["exact", "batched", "low", "weighting"]),
+    st.none() | st.integers(-3, 12),
+    st.booleans(),
+)
+def test_micro_batches_and_scalers_change_nothing(
+    plan: Plan, mode: str, exponent: int | None, accumulated: bool
+) -> None:
+    """Two uneven micro-batches, a factor that is a power of two, or both, in every mode they go with."""
+    assume(not (accumulated and mode == "low"))
+    pool = Pool(plan)
+    cuts = (slice(0, 2), slice(2, 3)) if accumulated else (slice(None),)
+    parts, examples = [pool.run(rows=cut)[0] for cut in cuts], [2, 1] if accumulated else [3]
+    assume(all(loss.requires_grad for part in parts for loss in part.values()))
+    whole = whole_of(parts, examples)
+    weights = _weights(whole)
+    shared = [p for p in pool.parameters if sum(gradient(loss, p) is not None for loss in whole.values()) > 1]
+    assume(shared or not accumulated)
+    factor = 1.0 if exponent is None else 2.0**exponent
+    method = Weighting(weights=weights) if mode == "weighting" else Spy(weights=weights)
+    if mode == "low":
+        method.declares = replace(method.declares, needs=frozenset({"gramian"}))
+    want = expected(whole, pool.parameters, weights, heads="weighted" if mode == "weighting" else "own")
+    jacobian = torch.stack([row(loss, shared) for loss in whole.values()]) if shared else None
+    options: dict[str, Any] = {"memory": mode} if mode in ("batched", "low") else {}
+    if exponent is not None:
+        options["scaler"] = torch.amp.GradScaler("cpu", init_scale=factor)
+    with detente.accumulate(method, len(parts)) if accumulated else nullcontext():
+        for part, count in zip(parts, examples, strict=True):
+            record = detente.backward(part, method, samples=count, **options)
+    assert_grads(pool.parameters, [None if wanted is None else factor * wanted for wanted in want])
+    assert record.losses == pytest.approx([loss.item() for loss in whole.values()], rel=1e-12)
+    if isinstance(method, Spy) and jacobian is not None:
+        assert method.seen is not None and method.seen.gramian is not None
+        assert torch.allclose(torch.from_numpy(method.seen.gramian), jacobian @ jacobian.T, **TOLERANCE)

@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "losses after the step": {"method": "famo"},
     "losses": {"method": "uncertainty", "measure": True},
     "moments of every task": {"optimizer": "mao", "learning_rate": 1e-3, "balance": True},
+    "search": {"method": "mgda", "search": "backtracking", "learning_rate": 1.0},
+    "search in the representation": {"gradients": "features", "method": "mgda", "search": "fast"},
     "clipped": {"method": "imtl-g", "clip_norm": 0.1},
     "micro-batches": {"method": "famo", "accumulate": 3},
     "micro-batches of gradients": {"method": "mgda", "accumulate": 2},
@@ -101,6 +103,7 @@ def assert_close(one: Any, other: Any) -> None:
         if mine["weights"] is not None:
             assert mine["weights"] == pytest.approx(theirs["weights"], rel=1e-3, abs=1e-4)
         assert mine.get("balance", {}).keys() == theirs.get("balance", {}).keys()
+        assert mine.get("search", {}).get("length") == theirs.get("search", {}).get("length")
 
 
 @pytest.mark.parametrize("kind", KINDS)

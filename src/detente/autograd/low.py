@@ -4,6 +4,9 @@ Each task's gradient is carried backward through a segment, the inner products o
 parameters are added to the Gramian, and the rows are let go. Once the weights are known, one weighted backward gives
 the gradients. Work: T + 1 backwards instead of T. Memory beside the graph: T rows of the largest parameter, and the T
 gradients that wait at the edges between two segments.
+
+On several processes the rows of a few parameters are added over the ranks before their inner products are taken, in an
+order of the parameters that all ranks agree on; each rank takes the products of its part of the columns.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
+from detente.autograd.buckets import Buckets, in_common_order
 from detente.autograd.exact import Pass
 from detente.autograd.flat import Gradients, Layout, gradients_of, present, seeds_of
-from detente.autograd.gramian import gramian
 from detente.autograd.partition import Edge, Memory, Partition, gradient_edge
+from detente.autograd.reduction import Reduction
 from detente.autograd.segments import Segment, segments_of
 
 
@@ -28,64 +32,72 @@ class LowPass(Pass):
     """Inner products of task gradients that are not kept.
 
     Attributes:
-        blocks: one [T, T] float64 for each shared parameter.
-        segments: how many pieces the graph was cut into.
+        gramian: [T, T] float64; on several processes what this rank's columns contribute.
+        segments: how many pieces the graph was cut into; on several processes in how many the rows were sent.
     """
 
     partition: Partition = field(kw_only=True)
-    blocks: list[torch.Tensor] = field(kw_only=True)
+    gramian: torch.Tensor = field(kw_only=True)
     segments: int = field(kw_only=True)
     retain_graph: bool = field(kw_only=True)
 
     def products(self, sizes: Sequence[int] | None) -> torch.Tensor:
-        """[T, T], or [B, T, T] for one block per parameter."""
-        stacked = torch.stack(self.blocks)
-        return stacked.sum(dim=0) if sizes is None else stacked
+        """[T, T]; methods that look at blocks are refused before."""
+        assert sizes is None
+        return self.gramian
 
     def unscale(self, factor: torch.Tensor) -> None:
         """Take it back from the inner products; the weighted backward starts from the multiplied losses."""
         self.factor = factor
-        square = factor.to(torch.float64).square()
-        self.blocks = [block / square.to(block.device) for block in self.blocks]
+        self.gramian = self.gramian / factor.to(self.gramian).square()
 
     def shared_by_weights(self, weights: torch.Tensor) -> Gradients:
         """The weighted backward."""
         reached = [t for t, mask in zip(self.partition.shared, self.partition.reached, strict=True) if mask]
         seeds = seeds_of(self.losses, weights)
-        return present(reached, gradients_of(self.losses, reached, seeds, retain_graph=self.retain_graph))
+        found = present(reached, gradients_of(self.losses, reached, seeds, retain_graph=self.retain_graph))
+        return found if self.reduction is None else self.reduction.gradients(self.reduction.shared, found)
 
 
 def low_pass(
-    losses: Sequence[torch.Tensor], partition: Partition, memory: Memory, *, retain_graph: bool
+    losses: Sequence[torch.Tensor],
+    partition: Partition,
+    memory: Memory,
+    *,
+    retain_graph: bool,
+    reduction: Reduction | None = None,
 ) -> LowPass:
     """Take the inner products of T tasks' gradients with respect to ``partition.shared``, and own gradients.
 
     Args:
-        losses: T scalars with their graph.
+        losses: T scalars with their graph; on several processes without one where a task is absent here.
         partition: who owns what.
         memory: lends room for the rows of a segment.
         retain_graph: keep the graph after the weighted backward.
+        reduction: on several processes, what makes the whole of the ranks' parts.
     """
     tasks = len(losses)
     sizes = {tensor: Layout((tensor,)).columns for tensor in partition.shared}
+    limit = max(sizes.values())
     mine: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in losses]
     owned = [set(tensors) for tensors in partition.own]
     own_sizes = {tensor: 0 for tensors in partition.own for tensor in tensors if tensor not in sizes}
-    segments = segments_of(losses, {**sizes, **own_sizes}, max(sizes.values()))
-    device = losses[0].device
-    blocks = {t: torch.zeros(tasks, tasks, dtype=torch.float64, device=t.device) for t in partition.shared}
+    here = [loss for loss in losses if loss.requires_grad]
+    segments = segments_of(here, {**sizes, **own_sizes}, limit) if here else []
+    endings = [[leaf for leaf in segment.complete if leaf in sizes] for segment in segments]
+    groups = [ending for ending in endings if ending]
+    if reduction is not None:
+        groups = in_common_order(groups, partition.shared, sizes, limit, reduction.ranks)
+    known = {leaf for ending in endings for leaf in ending}
+    buckets = Buckets(groups, known, tasks, memory, None if reduction is None else reduction.ranks)
     # What waits at the edges: for each task the gradients that have left the segments done so far.
     waiting: list[dict[Edge, torch.Tensor]] = [
-        {gradient_edge(loss): torch.ones_like(loss)} for loss in losses
+        {gradient_edge(loss): torch.ones_like(loss)} if loss.requires_grad else {} for loss in losses
     ]
     # Gradients of parameters that several segments feed, until the last of these is done.
     partial: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in losses]
-    for segment in segments:
-        ending = tuple(leaf for leaf in segment.complete if leaf in sizes)
-        layout = Layout(ending)
-        matrix = torch.empty(0)
-        if ending:
-            matrix = memory.buffer(tasks, layout.columns, layout.like)
+    touched: set[torch.Tensor] = set()
+    for segment, ending in zip(segments, endings, strict=True):
         with _held_at(segment.leaving):
             for task in range(tasks):
                 found = _carry(segment, waiting[task])
@@ -93,10 +105,11 @@ def low_pass(
                     held = mine[task] if leaf in owned[task] else partial[task]
                     held[leaf] = held[leaf] + gradient if leaf in held else gradient
                 del found
-                if ending:  # at once into one matrix, so that no gradient is held twice
-                    layout.write(matrix[task], [partial[task].pop(leaf, None) for leaf in ending])
-        for leaf, columns in zip(ending, layout.split_columns(matrix) if ending else (), strict=True):
-            blocks[leaf] = gramian(columns)
+                for leaf in ending:  # at once into one matrix, so that no gradient is held twice
+                    if leaf in partial[task]:
+                        touched.add(leaf)
+                        buckets.take(task, leaf, partial[task].pop(leaf))
+        buckets.complete(ending)
     own = [
         [(tensor, held[tensor]) for tensor in tensors if tensor in held]
         for tensors, held in zip(partition.own, mine, strict=True)
@@ -106,9 +119,12 @@ def low_pass(
         "exact",
         own=own,
         columns=partition.shared,
+        reduction=reduction,
+        partial=reduction is not None,
+        reached=touched | {tensor for task in own for tensor, _ in task},
         partition=partition,
-        blocks=[block.to(device) for block in blocks.values()],
-        segments=len(segments),
+        gramian=buckets.gramian.to(losses[0].device),
+        segments=len(segments) if reduction is None else len(groups),
         retain_graph=retain_graph,
     )
 

@@ -284,23 +284,27 @@ def partition(
     *,
     shared: Sequence[torch.Tensor] | None,
     task_specific: Sequence[torch.Tensor] | None,
+    part: bool = False,
 ) -> Partition:
     """Sort the leaves that T losses reach into shared and own parameters.
 
     Named parameters take precedence over discovery: with only ``shared`` named everything else a loss reaches is
     its own, with only ``task_specific`` named everything else is shared, with both named nothing else is touched.
 
+    Args:
+        losses: T scalars.
+        memory: what was shared in earlier steps.
+        shared, task_specific: parameters by their role, as far as they are named.
+        part: these are one process's losses of several: the others may reach what these do not.
+
     Raises:
-        ValueError: no loss reaches any of the named shared parameters.
+        ValueError: no loss reaches any of the named shared parameters, unless these losses are a part.
     """
     leaves = walk(losses, named=shared is not None or task_specific is not None).leaves
     if shared is not None:
         chosen = trainable(shared)
-        if chosen and leaves and not any(leaf in leaves for leaf in chosen):
-            raise ValueError(
-                f"no loss reaches any of the {len(chosen)} parameters named in shared= (the first has shape "
-                f"{tuple(chosen[0].shape)}). Are they of another model, or was the graph detached?"
-            )
+        if not part and leaves and not any(leaf in leaves for leaf in chosen):
+            check_reached(chosen)
     elif task_specific is not None:
         apart = set(task_specific)
         chosen = [leaf for leaf in leaves if leaf not in apart]
@@ -312,6 +316,19 @@ def partition(
     rest = [leaf for leaf in candidates if leaf not in taken]
     own = by_task({leaf: leaves[leaf] for leaf in rest}, len(losses))
     return Partition(tuple(chosen), tuple(leaves.get(leaf, 0) for leaf in chosen), own)
+
+
+def check_reached(chosen: Sequence[torch.Tensor]) -> None:
+    """Refuse named shared parameters, none of which any loss reaches.
+
+    Raises:
+        ValueError: there are such parameters.
+    """
+    if chosen:
+        raise ValueError(
+            f"no loss reaches any of the {len(chosen)} parameters named in shared= (the first has shape "
+            f"{tuple(chosen[0].shape)}). Are they of another model, or was the graph detached?"
+        )
 
 
 def by_task(masks: Mapping[torch.Tensor, int], tasks: int) -> tuple[tuple[torch.Tensor, ...], ...]:

@@ -23,10 +23,11 @@ import torch
 from detente.autograd.flat import Gradients, Layout, finite, probes
 from detente.autograd.host import to_host
 from detente.autograd.losses import Losses, check_gradients, named_losses, values_of
-from detente.autograd.partition import Memory, Partition, trainable
+from detente.autograd.partition import Memory, Partition, check_reached, trainable, walk
 from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
 from detente.autograd.reduction import Reduction
 from detente.autograd.representation import FeaturesPass, Roles
+from detente.autograd.sharded import check_whole
 from detente.autograd.where import Where
 
 Samples = int | Mapping[str, int] | None
@@ -63,6 +64,7 @@ def prepare(
     samples: Samples = None,
     known: Sequence[str] | None = None,
     check: Callable[[], None] = lambda: None,
+    asked: Callable[[], Mapping[str, object]] = dict,
 ) -> Prepared:
     """Read the losses and find out who owns what; on several ranks, see that they agree.
 
@@ -74,10 +76,12 @@ def prepare(
         samples: examples behind the losses of this rank.
         known: all tasks, where the method knows them.
         check: what else must hold before the step.
+        asked: called after it: what decides which messages follow, and must be the same on all ranks.
 
     Raises:
         ValueError: as :func:`~detente.autograd.losses.named_losses` and :meth:`~detente.autograd.where.Where.plan`, or
-            ``samples`` fits the losses badly, or the ranks disagree on parameters or tasks.
+            ``samples`` fits the losses badly, a parameter is sharded, or the ranks disagree on parameters, tasks or
+            what is asked.
         RankFailed: another rank raised one of these.
     """
     if ranks is None:
@@ -89,43 +93,51 @@ def prepare(
             raise ValueError("samples= is 0 for every task; leave such a batch out.")
         names, scalars = tuple(names[place] for place in here), [scalars[place] for place in here]
         totals = tuple(examples[name] for name in names)
-        return Prepared(names, scalars, where.plan(names, scalars, memory), totals=totals)
+        return Prepared(names, scalars, _planned(where, names, scalars, memory, part=False), totals=totals)
 
     if memory.ranks is not None and memory.ranks.handle is ranks.handle:
         ranks = memory.ranks  # its counts go on
     memory.ranks = ranks
-    if memory.tasks is None:
-        memory.tasks = tuple(known) if known is not None else _everyones_names(ranks, losses)
+    known_before, tasks = memory.tasks, memory.tasks
+    if tasks is None:
+        tasks = memory.tasks = tuple(known) if known is not None else _everyones_names(ranks, losses)
     error: Exception | None = None
-    counts = [0.0] * len(memory.tasks)
+    counts = [0.0] * len(tasks)
     mark, reaches = 0, False
+    wanted: Mapping[str, object] = {}
     scalars = []
     reduction = Reduction(ranks, (), ())
     parts: Partition | Roles | None = None
     try:
         check()
-        scalars, counts = _aligned(losses, samples, memory.tasks)
-        parts = where.plan(memory.tasks, scalars, memory)
+        wanted = asked()
+        scalars, counts = _aligned(losses, samples, tasks)
+        parts = _planned(where, tasks, scalars, memory, part=True)
         reduction = Reduction(ranks, *_roles(where, parts, memory))
-        mark, reaches = _fingerprint(reduction, where), parts.shared_reached
+        mark, reaches = _fingerprint(reduction, where, wanted), parts.shared_reached
     except Exception as caught:
         error = caught
     device = scalars[0].device if scalars else torch.device("cpu")
     table = ranks.numbers([float(error is not None), float(mark), float(reaches), *counts], device)
     if table[:, 0].any():
+        memory.tasks = known_before  # a rank that failed may have told fewer
         ranks.agree(error)
     if (table[:, 1] != table[0, 1]).any():
-        raise ValueError(_disagreement(ranks, reduction))
+        raise ValueError(_disagreement(ranks, reduction, wanted))
     assert parts is not None
     reduction.anywhere = bool(table[:, 2].any())
     sums = table[:, 3:].sum(axis=0)
     present = [place for place, total in enumerate(sums) if total > 0]
     if not present:
         raise ValueError("losses is empty on every rank; give at least one loss.")
+    if where.shared is not None and not reduction.anywhere:
+        check_reached(reduction.shared)
     shares = table[ranks.rank, 3:] / np.where(sums > 0, sums, 1.0)
+    with torch.enable_grad():  # a share of a loss keeps its graph, whatever surrounds the step
+        parted = [s * float(shares[k]) if counts[k] else s for k, s in enumerate(scalars)]
     return Prepared(
-        tuple(memory.tasks[place] for place in present),
-        [scalars[place] * float(shares[place]) if counts[place] else scalars[place] for place in present],
+        tuple(tasks[place] for place in present),
+        [parted[place] for place in present],
         parts.of_tasks(present),
         reduction,
         tuple(float(shares[place]) for place in present),
@@ -258,6 +270,25 @@ def check_own_of_all(
     check_gradients(names, ~anywhere, what="the gradient of its own parameters")
 
 
+def _planned(
+    where: Where, names: Sequence[str], losses: Sequence[torch.Tensor], memory: Memory, *, part: bool
+) -> Partition | Roles:
+    """Who owns what, of parameters that are whole."""
+    for given in (where.shared, where.task_specific, where.solve_on):
+        check_whole(given or ())
+    parts: Partition | Roles | None = None
+    try:
+        parts = where.plan(names, losses, memory, part=part)
+    finally:
+        if (
+            parts is None or not parts.shared_reached
+        ):  # shards may be why: what is named is then not in the graph
+            check_whole(walk(losses, named=True).leaves)
+    partition = parts.partition() if isinstance(parts, Roles) else parts
+    check_whole([*partition.shared, *(tensor for task in partition.own for tensor in task)])
+    return parts
+
+
 def _everyones_names(ranks: Ranks, losses: Losses) -> tuple[str, ...]:
     """The tasks of all ranks, in the order of the first rank that has them."""
     count = len(losses) if isinstance(losses, (Mapping, Sequence)) else 0
@@ -317,14 +348,24 @@ def _roles(
     return shared, tuple(tensor for tensor in own if tensor not in known)
 
 
-def _fingerprint(reduction: Reduction, where: Where) -> int:
-    """A number that differs, with near certainty, where two ranks hold different parameters."""
+def _fingerprint(reduction: Reduction, where: Where, asked: Mapping[str, object]) -> int:
+    """A number that differs, with near certainty, where two ranks hold different parameters or ask for other things."""
     spaces = (where.features is None, where.solve_on is None)
     told = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in (*reduction.shared, *reduction.own)]
-    return zlib.crc32(repr((spaces, len(reduction.shared), told)).encode())
+    return zlib.crc32(repr((spaces, len(reduction.shared), told, dict(asked))).encode())
 
 
-def _disagreement(ranks: Ranks, reduction: Reduction) -> str:
+def _disagreement(ranks: Ranks, reduction: Reduction, asked: Mapping[str, object]) -> str:
+    everyones = ranks.objects(dict(asked))
+    for name in asked:
+        found = [theirs.get(name) for theirs in everyones]
+        if any(one != found[0] for one in found):
+            listed = "; ".join(f"rank {rank}: {one}" for rank, one in enumerate(found))
+            return (
+                f"the ranks are not at the same step, or ask for different ones: they differ in {name} ({listed}). "
+                "Call detente.backward equally often on every rank, with the same options; where a batch fails on one "
+                "rank, let all of them leave the step."
+            )
     told = ranks.objects(f"{len(reduction.shared)} shared and {len(reduction.own)} own parameters")
     counts = "; ".join(f"rank {rank}: {count}" for rank, count in enumerate(told))
     return (

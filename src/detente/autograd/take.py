@@ -10,10 +10,10 @@ from detente.autograd.exact import Pass, exact_pass, layer_pass
 from detente.autograd.flat import Layout
 from detente.autograd.losses import multiplied
 from detente.autograd.low import low_pass
-from detente.autograd.partition import Memory, Partition
+from detente.autograd.partition import Memory, Partition, walk
 from detente.autograd.reduce import Prepared, gather_columns, reached_by
 from detente.autograd.reduction import Reduction
-from detente.autograd.representation import Roles, features_pass
+from detente.autograd.representation import FeaturesPass, Roles, features_pass
 from detente.autograd.rows import Rows, ScatteredRows, SummedRows
 from detente.autograd.where import Where
 
@@ -75,14 +75,14 @@ def _pass(
             losses, where.features, parts, memory, retain_graph=retain_graph, activations=activations
         )
         if reduction is not None:
-            found.reduction, found.partial, found.reached = reduction, True, reached_by(parts, losses)
+            found.reduction, found.partial, found.reached = reduction, True, _reached(found)
             if whole:
                 gather_columns(found, reduction)
         return found
     if not (parts.shared_reached if reduction is None else reduction.anywhere):
         return None
     if mode == "low" and where.solve_on is None:
-        return low_pass(losses, parts, memory, retain_graph=retain_graph)
+        return low_pass(losses, parts, memory, retain_graph=retain_graph, reduction=reduction)
     rows = rows_of(parts, where, memory, len(losses), reduction, whole)
     if where.solve_on is not None:
         layer = layer_pass(losses, parts, where.solve_on, rows, retain_graph=retain_graph)
@@ -92,6 +92,15 @@ def _pass(
     exact.reduction, exact.partial = reduction, rows.partial
     exact.reached = exact.touched | {tensor for task in exact.own for tensor, _ in task}
     return exact
+
+
+def _reached(found: FeaturesPass) -> set[torch.Tensor]:
+    """Parameters that some loss of this rank has a gradient for; what lies behind an unused feature alone has none."""
+    behind = set(found.encoder)
+    if not all(found.used):
+        used = [feature for feature, used in zip(found.features, found.used, strict=True) if used]
+        behind &= walk(used, named=True).leaves.keys()
+    return behind | {tensor for task in (*found.direct, *found.own) for tensor, _ in task}
 
 
 def rows_of(

@@ -50,8 +50,15 @@ class Where:
                 raise ValueError(f"{name}= is empty; name at least one tensor, or leave it out.")
         return cls(**found)
 
-    def plan(self, names: Sequence[str], losses: Sequence[torch.Tensor], memory: Memory) -> Partition | Roles:
+    def plan(
+        self, names: Sequence[str], losses: Sequence[torch.Tensor], memory: Memory, *, part: bool = False
+    ) -> Partition | Roles:
         """Who owns what; roles where the problem is solved on the features.
+
+        Args:
+            names, losses: of the T tasks.
+            memory: of the method.
+            part: these are one process's losses of several.
 
         Raises:
             ValueError: as :func:`~detente.autograd.representation.assign_roles` and
@@ -69,7 +76,7 @@ class Where:
                 shared=self.shared,
                 task_specific=self.task_specific,
             )
-        parts = partition(losses, memory, shared=self.shared, task_specific=self.task_specific)
+        parts = partition(losses, memory, shared=self.shared, task_specific=self.task_specific, part=part)
         if self.solve_on is not None and any(parts.reached):
             check_layer(self.solve_on, parts)
         return parts

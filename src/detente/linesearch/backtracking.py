@@ -10,10 +10,11 @@ import torch
 from detente.autograd.measure import Taken
 from detente.autograd.partition import Parameters, as_tensors
 from detente.linesearch.armijo import ROUNDING, Array
+from detente.linesearch.batch import Batch
 from detente.linesearch.closure import Losses, Runs
 from detente.linesearch.moments import KINDS, Moments, Preconditioner, State
 from detente.linesearch.moves import Moves, merged, own_products, real
-from detente.linesearch.plan import Along, Plan, epsilons
+from detente.linesearch.plan import Along, Plan, falls
 from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
 from detente.methods import Method
 from detente.methods.arguments import one_of
@@ -183,12 +184,12 @@ class Backtracking(Search):
         return runs.first()
 
     def _plan(
-        self, taken: Taken, combination: Combination, along: Along | None, features: Any, losses: list[Any]
+        self, taken: Taken, combination: Combination, along: Along | None, features: Any, epsilon: Array
     ) -> Plan:
         gradients, direction = taken.gradients, combination.direction
-        assert gradients.jacobian is not None and direction is not None
+        assert gradients.losses is not None and gradients.jacobian is not None and direction is not None
         shared = [] if combination.status == "stationary" else shared_gradients(taken, combination)
-        everyones = [pair for task in taken.graph.own for pair in task]
+        everyones = taken.graph.own_gradients()
         own = list(merged(everyones).items())
         moments: dict[int, State] = {}
         if self._moments is not None:
@@ -200,11 +201,13 @@ class Backtracking(Search):
         return Plan(
             taken,
             combination,
-            epsilons(losses),
+            gradients.losses,
+            epsilon,
             moves,
             along or Along.by_products(gradients.jacobian, direction),
             own_products(taken.graph.own, moves),
-            own_falls=self._moments is None and len(own) == len(everyones),
+            own_falls=self._moments is None and falls(taken, everyones, own),
+            in_parts=taken.graph.partial,
             moments=moments,
         )
 
@@ -214,7 +217,7 @@ class Backtracking(Search):
     def _carry(self, runs: Runs, plan: Plan, eta: float, undo: list[Moves]) -> None:
         pass
 
-    def _settle(self, runs: Runs, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
+    def _settle(self, runs: Runs, batch: Batch, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
         if self._moments is not None:
             self._moments.commit(plan.moments)
         return None

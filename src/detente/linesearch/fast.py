@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 
-from detente.autograd.host import to_host
 from detente.autograd.measure import Taken
 from detente.autograd.partition import Parameters
 from detente.linesearch.armijo import ROUNDING, Array
-from detente.linesearch.closure import Losses, Runs, check_graph, flat, in_order, like
+from detente.linesearch.batch import Batch
+from detente.linesearch.closure import Losses, Runs, check_graph, flat, like
 from detente.linesearch.moves import Moves, merged, own_products
 from detente.linesearch.options import whole
-from detente.linesearch.plan import Along, Plan, epsilons
+from detente.linesearch.plan import Along, Plan, falls
 from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
 from detente.methods import Method
 from detente.step import shared_gradients
@@ -96,6 +96,7 @@ class FastBacktracking(Search):
         "true_condition_checks",
         "true_condition_failures",
     )
+    settings: ClassVar[tuple[str, ...]] = (*Search.settings, "check_true")
 
     def __init__(
         self,
@@ -158,30 +159,37 @@ class FastBacktracking(Search):
         check_graph(features)
         return features, runs.first_of_heads(features) if runs.draws else losses
 
-    def _plan(
-        self, taken: Taken, combination: Combination, along: Along | None, features: Any, losses: list[Any]
-    ) -> Plan:
-        gradients, direction = taken.gradients, combination.direction
-        assert gradients.jacobian is not None and direction is not None
+    def _check(self, taken: Taken) -> None:
         if any(getattr(taken.graph, "direct", ())):
             raise ValueError(
                 "some parameters named in shared= are reached past the representation, so that a move of it is not the "
                 "whole step. Return every tensor by which the heads depend on shared parameters as features, or use "
                 "Backtracking."
             )
-        everyones = [pair for task in taken.graph.own for pair in task]
+
+    def _plan(
+        self, taken: Taken, combination: Combination, along: Along | None, features: Any, epsilon: Array
+    ) -> Plan:
+        gradients, direction = taken.gradients, combination.direction
+        assert gradients.losses is not None and gradients.jacobian is not None and direction is not None
+        everyones = taken.graph.own_gradients()
         own = merged(everyones)
         moves = Moves(own.items())
         tensors = flat(features)
-        pieces = torch.split(direction, [tensor.numel() for tensor in tensors])
+        # On several processes the columns may be those of all ranks' examples: of these only one's own are moved.
+        mine = getattr(taken.graph, "mine", None)
+        here = direction if mine is None else direction[mine]
+        pieces = torch.split(here, [tensor.numel() for tensor in tensors])
         return Plan(
             taken,
             combination,
-            epsilons(losses),
+            gradients.losses,
+            epsilon,
             moves,
             along or Along.by_products(gradients.jacobian, direction),
             own_products(taken.graph.own, moves),
-            own_falls=len(own) == len(everyones),
+            own_falls=falls(taken, everyones, own),
+            in_parts=taken.graph.partial,
             features=features,
             along=[
                 (tensor.detach(), piece.view(tensor.shape).to(tensor.device, tensor.dtype))
@@ -201,14 +209,16 @@ class FastBacktracking(Search):
             undo.append(encoder)
             encoder.to(eta)
 
-    def _settle(self, runs: Runs, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
+    def _settle(self, runs: Runs, batch: Batch, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
         """A look at the network itself where asked."""
         if taking.status != "accepted" or not self.check_true or (self.steps + 1) % self.check_true:
             return None
-        features, losses = runs.again()
-        if runs.draws:
-            losses = runs.heads(features)
-        (values,) = to_host([in_order(losses, plan.taken.gradients.names)])
+
+        def look() -> Losses:
+            features, losses = runs.again()
+            return runs.heads(features) if runs.draws else losses
+
+        values, _ = batch.losses(look)
         holds = bool(self._holds(plan, values, taking.eta).all())
         self.true_condition_checks += 1
         self.true_condition_failures += not holds

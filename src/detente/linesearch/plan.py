@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +22,11 @@ class Along:
 
     Attributes:
         slopes: [T] inner products of the shared gradients with the direction.
-        length: of the direction.
+        square: squared length of the direction.
     """
 
     slopes: Array | torch.Tensor
-    length: float | torch.Tensor
+    square: float | torch.Tensor
 
     @classmethod
     def by_gramian(cls, gradients: TaskGradients, combination: Combination) -> Along | None:
@@ -35,7 +36,7 @@ class Along:
             >>> gradients = TaskGradients(names=("a", "b"), gramian=np.array([[4.0, 1.0], [1.0, 9.0]]))
             >>> weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
             >>> found = Along.by_gramian(gradients, Combination(weights=weights))
-            >>> found.slopes.tolist(), round(float(found.length) ** 2, 12)
+            >>> found.slopes.tolist(), round(found.square, 12)
             ([2.5, 5.0], 3.75)
         """
         if combination.status == "stationary":
@@ -45,19 +46,24 @@ class Along:
         assert gradients.gramian is not None
         weights = combination.weights.numpy()
         slopes = np.asarray(gradients.gramian @ weights)
-        return cls(slopes, float(np.sqrt(max(weights @ slopes, 0.0))))
+        return cls(slopes, max(float(weights @ slopes), 0.0))
 
     @classmethod
     def by_products(cls, jacobian: torch.Tensor, direction: torch.Tensor) -> Along:
         """From the direction itself."""
         length = torch.linalg.vector_norm(direction, dtype=torch.float64)
-        return cls(shared_products(jacobian, direction), length)
+        return cls(shared_products(jacobian, direction), length.square())
+
+    @property
+    def length(self) -> float:
+        """Of the direction, once it is on the host."""
+        return float(np.sqrt(float(self.square)))
 
     @property
     def unread(self) -> list[torch.Tensor]:
         """Numbers that are still on a device."""
-        if isinstance(self.slopes, torch.Tensor) and isinstance(self.length, torch.Tensor):
-            return [*self.slopes, self.length]
+        if isinstance(self.slopes, torch.Tensor) and isinstance(self.square, torch.Tensor):
+            return [*self.slopes, self.square]
         return []
 
 
@@ -67,11 +73,15 @@ class Plan:
 
     Attributes:
         taken, combination: what the method saw and decided, the direction filled in.
+        before: [T] losses where the step began.
         epsilon: [T] machine epsilons of the losses' dtypes.
         moves: the parameters that every trial moves.
         along_shared: slopes along the shared direction, and its length.
-        own_slopes: T numbers on their devices, the slopes along the own parameters.
-        own_falls: True if none of them can be negative: each own parameter moves along its own task's gradient.
+        own_slopes: T numbers on their devices, the slopes along the own parameters; on several processes what this
+            rank's examples contribute to them.
+        own_falls: True if it is known that none of them can be negative: each own parameter moves along its own
+            task's gradient.
+        in_parts: True if ``along_shared``, while it is unread, is of this rank's part of the direction.
         features: the representation as the closure gave it; None for the search in the parameters.
         along: its tensors, and the direction of each.
         moments: to commit if the step is taken.
@@ -80,22 +90,17 @@ class Plan:
 
     taken: Taken
     combination: Combination
+    before: Array
     epsilon: Array
     moves: Moves
     along_shared: Along
     own_slopes: list[torch.Tensor]
     own_falls: bool
+    in_parts: bool
     features: Any = None
     along: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     moments: dict[int, State] = field(default_factory=dict)
     slopes: Array | None = None
-
-    @property
-    def before(self) -> Array:
-        """[T] losses where the step began."""
-        losses = self.taken.gradients.losses
-        assert losses is not None
-        return losses
 
     @property
     def shared_slopes(self) -> Array:
@@ -127,7 +132,7 @@ class Plan:
         """[T] up to where a slope counts as zero, from what the own parameters contribute; read everything first."""
         gramian = self.taken.gradients.gramian
         assert gramian is not None
-        return slope_tolerance(np.sqrt(gramian.diagonal()), float(self.along_shared.length), own)
+        return slope_tolerance(np.sqrt(gramian.diagonal()), self.along_shared.length, own)
 
     def moved(self) -> np.ndarray:
         """[T] True where the gradient of a task does not vanish on what moves."""
@@ -154,3 +159,15 @@ def epsilons(losses: list[torch.Tensor]) -> Array:
         [2.220446049250313e-16]
     """
     return np.array([torch.finfo(loss.dtype).eps for loss in losses])
+
+
+def falls(taken: Taken, gradients: Sequence[object], moved: Sized) -> bool:
+    """True if no own parameter's move can raise a loss: each serves one task, and moves along that one's gradient.
+
+    Args:
+        taken: what the method saw.
+        gradients: one for each own parameter and task that reaches it.
+        moved: the own parameters, each once.
+    """
+    # On several processes the gradients are added up already, and no rank knows which tasks the others have.
+    return taken.graph.reduction is None and len(moved) == len(gradients)

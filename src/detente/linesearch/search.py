@@ -15,9 +15,13 @@ from torch import nn
 from detente.autograd.host import to_host
 from detente.autograd.measure import Taken
 from detente.autograd.partition import Memory
-from detente.autograd.ranks import ranks_of
+from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.reduce import Samples
+from detente.autograd.where import Where
 from detente.linesearch.armijo import Array, repeats, rounding_tolerance, sufficient_decrease
-from detente.linesearch.closure import Closure, Losses, Runs, in_order
+from detente.linesearch.batch import Batch
+from detente.linesearch.begin import begin
+from detente.linesearch.closure import Closure, Losses, Runs
 from detente.linesearch.moments import Preconditioner
 from detente.linesearch.moves import Moves
 from detente.linesearch.options import (
@@ -33,7 +37,7 @@ from detente.linesearch.plan import Along, Plan
 from detente.linesearch.record import ClosureChanged, NoDescent, Outcome, SearchFailed, SearchRecord
 from detente.methods import Method
 from detente.methods.arguments import one_of
-from detente.step import record_of, task_gradients, undone_on_failure, with_direction
+from detente.step import of_first_rank, record_of, undone_on_failure, with_direction
 from detente.values import Combination, StepRecord
 
 Descent = Literal["error", "small-step"]
@@ -60,6 +64,20 @@ class Search(ABC):
 
     space: ClassVar[Literal["exact", "features"]]
     counters: ClassVar[tuple[str, ...]] = ("steps", "capped", "in_a_row", "lowered")
+    settings: ClassVar[tuple[str, ...]] = (
+        "lr_ub",
+        "gamma",
+        "c",
+        "max_trials",
+        "on_cap",
+        "on_no_descent",
+        "small_step",
+        "lower_ub",
+        "patience",
+        "check_steps",
+        "rounding",
+        "precondition",
+    )
     precondition: Preconditioner | None = None
 
     def __init__(
@@ -133,15 +151,25 @@ class Search(ABC):
         return found
 
     @final
-    def step(self, closure: Closure) -> SearchRecord:
+    def step(
+        self, closure: Closure, process_group: ProcessGroup = None, samples: Samples = None
+    ) -> SearchRecord:
         """Find a length and move the parameters by it; no ``.grad`` is touched.
+
+        On several processes the direction, the slopes and the losses of every trial are those of the whole batch, so
+        that all ranks take the same step. Call it on every rank; each runs its closure equally often.
 
         Args:
             closure: ``closure()`` runs the network on the batch of this step and returns (features, losses);
-                ``closure(features)`` runs the heads alone. See :class:`~detente.linesearch.closure.Closure`.
+                ``closure(features)`` runs the heads alone. See :class:`~detente.linesearch.closure.Closure`. On several
+                processes on this rank's part of the batch; a task may be absent there.
+            process_group: the processes among which the batch is split: None is torch.distributed's default group
+                where it is initialized, False this process alone.
+            samples: examples behind this rank's losses (a number, or one for each task), by which the ranks' means
+                are weighted; None counts every rank once.
 
         Returns:
-            What was done, in plain numbers.
+            What was done, in plain numbers; on several processes the same on all, but for seconds.
 
         Raises:
             NoDescent: some loss does not fall along the direction, and no small step was asked for.
@@ -149,30 +177,40 @@ class Search(ABC):
             SearchFailed: no trial was accepted and a loss of the last one was NaN or infinite, or ``on_cap="error"``.
             ValueError: what :func:`detente.backward` raises for losses and gradients.
             TypeError: the closure returns something else.
+            RankFailed: the closure failed on another process; its message is passed on.
 
             After any of them parameters, buffers, random state and method are as they were before the step.
         """
         started, lengths = time.perf_counter(), self._lengths()
-        if ranks_of(None) is not None:
-            raise RuntimeError(
-                "the line searches do not average their trials over processes, and training on would let the ranks "
-                "drift apart. Run on one process."
-            )
+        ranks = ranks_of(process_group)
         runs = Runs(closure, self._modules, discover=self._discover)
         undo: list[Moves] = []
         with self._undone_on_failure(runs, undo):
-            features, losses = self._first(runs)
-            taken = self._take(features, losses)
-            combination = self.method.combine(taken.gradients)
+            ready, taken, features, losses = begin(
+                lambda: self._first(runs),
+                lambda features: Where.given(
+                    features if self.space == "features" else None, self.shared, self.task_specific, None
+                ),
+                self.method,
+                self._memory,
+                ranks,
+                samples,
+                # Moments divide whole directions, whose products with the gradients are then taken again.
+                whole=self.precondition is not None,
+            )
+            batch = Batch(ready, losses)
+            combination = of_first_rank(self.method.combine(taken.gradients), ready)
             decided = record_of(taken.gradients, combination)
             if not combination.accepted:
                 return self._end(runs, started, decided, None, None, "refused")
             along = Along.by_gramian(taken.gradients, combination)
             combination = with_direction(combination, taken.gradients)
-            plan = self._plan(taken, combination, along, features, in_order(losses, decided.names))
+            plan = self._plan(taken, combination, along, features, batch.epsilon)
             undo.append(plan.moves)
+            settings = {name: getattr(self, name) for name in (*self.settings, *self.counters)}
+            batch.settle(plan, lambda: self._check(taken), settings)
             decided = replace(decided, seconds=time.perf_counter() - started)
-            return self._search(runs, started, decided, plan, undo, lengths)
+            return self._search(runs, started, decided, batch, plan, undo, lengths)
 
     # ---- saving
 
@@ -223,9 +261,12 @@ class Search(ABC):
 
     @abstractmethod
     def _plan(
-        self, taken: Taken, combination: Combination, along: Along | None, features: Any, losses: list[Any]
+        self, taken: Taken, combination: Combination, along: Along | None, features: Any, epsilon: Array
     ) -> Plan:
         """What to move, and along what; ``along`` the method's direction, where the Gramian tells it."""
+
+    def _check(self, taken: Taken) -> None:  # noqa: B027, most have nothing to add
+        """See that such gradients can be searched along."""
 
     @abstractmethod
     def _losses_at(self, runs: Runs, plan: Plan, eta: float) -> Losses:
@@ -236,37 +277,23 @@ class Search(ABC):
         """Move what the trials did not; add it to what is undone after a failure."""
 
     @abstractmethod
-    def _settle(self, runs: Runs, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
+    def _settle(self, runs: Runs, batch: Batch, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
         """Finish an accepted step; the network's own losses and whether the condition holds for them, where asked."""
 
     # ---- private
-
-    def _take(self, features: Any, losses: Losses) -> Taken:
-        taken = task_gradients(
-            losses,
-            features=features if self.space == "features" else None,
-            shared=self.shared,
-            task_specific=self.task_specific,
-            blocks="blocks" in self.method.needs_now(),
-            workspace=self._memory,
-        )
-        if taken is None:
-            raise ValueError(
-                "no parameter named in shared= requires a gradient, so there is nothing to search along."
-            )
-        return taken
 
     def _search(
         self,
         runs: Runs,
         started: float,
         decided: StepRecord,
+        batch: Batch,
         plan: Plan,
         undo: list[Moves],
         lengths: list[float],
     ) -> SearchRecord:
         if self.steps < self.check_steps:
-            self._check_closure(runs, plan)
+            self._check_closure(runs, batch, plan)
         if plan.slopes is None and not plan.descends:
             plan.read(*to_host([plan.unread]))
         searched = True
@@ -280,7 +307,7 @@ class Search(ABC):
         notes: tuple[str, ...] = ()
         for trial, eta in enumerate(lengths, start=1):
             plan.moves.to(eta)
-            after = self._evaluate(runs, plan, eta)
+            after = self._evaluate(runs, batch, plan, eta)
             if not (self._holds(plan, after, eta) if searched else np.isfinite(after)).all():
                 continue
             self._carry(runs, plan, eta, undo)
@@ -290,9 +317,9 @@ class Search(ABC):
                     return self._end(runs, started, decided, plan, None, "stationary", trials=1, notes=notes)
                 break
             taking = Taking("accepted" if searched else "small-step", eta, trial, after)
-            seen = self._settle(runs, plan, taking)
+            seen = self._settle(runs, batch, plan, taking)
             return self._end(runs, started, decided, plan, taking, taking.status, seen)
-        self._check_failure(runs, plan, after, eta, searched)
+        self._check_failure(runs, batch, plan, after, eta, searched)
         return self._end(runs, started, decided, plan, None, "capped", trials=trial, notes=notes)
 
     def _divided(self, times: int) -> float:
@@ -307,10 +334,9 @@ class Search(ABC):
             lengths.append(lengths[-1] / self.gamma)
         return lengths
 
-    def _evaluate(self, runs: Runs, plan: Plan, eta: float) -> Array:
+    def _evaluate(self, runs: Runs, batch: Batch, plan: Plan, eta: float) -> Array:
         """[T] the losses at a distance ``eta``; slopes that are still on a device come with the same copy."""
-        losses = in_order(self._losses_at(runs, plan, eta), plan.taken.gradients.names)
-        values, numbers = to_host([losses, plan.unread])
+        values, numbers = batch.losses(lambda: self._losses_at(runs, plan, eta), plan.unread)
         plan.read(numbers)
         return values
 
@@ -319,9 +345,9 @@ class Search(ABC):
         tolerance = rounding_tolerance(plan.before, after, plan.epsilon, self.rounding)
         return sufficient_decrease(plan.before, after, plan.slopes, eta, self.c, tolerance)
 
-    def _check_closure(self, runs: Runs, plan: Plan) -> None:
+    def _check_closure(self, runs: Runs, batch: Batch, plan: Plan) -> None:
         """See that the closure gives the same losses again where the step began."""
-        again = self._evaluate(runs, plan, 0.0)
+        again = self._evaluate(runs, batch, plan, 0.0)
         same = repeats(plan.before, again, plan.epsilon)
         if not same.all():
             task = int(np.argmin(same))
@@ -366,10 +392,12 @@ class Search(ABC):
             )
         return "Use a method whose direction descends for every task, such as mgda"
 
-    def _check_failure(self, runs: Runs, plan: Plan, after: Array, eta: float, searched: bool) -> None:
+    def _check_failure(
+        self, runs: Runs, batch: Batch, plan: Plan, after: Array, eta: float, searched: bool
+    ) -> None:
         """No trial was accepted: put everything back, tell a changed batch from a real failure, complain if asked."""
         plan.moves.back()
-        self._check_closure(runs, plan)
+        self._check_closure(runs, batch, plan)
         names = plan.taken.gradients.names
         back = "The parameters are back where they were."
         bad = tuple(name for name, loss in zip(names, after, strict=True) if not np.isfinite(loss))

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from detente.statistics.checking import check_finite, is_finite
+from detente.statistics.checking import ROUNDING, check_finite, is_finite
 
 __all__ = ["Interval", "bootstrap_difference", "bootstrap_mean"]
 
@@ -150,8 +150,10 @@ def _corrected(
     """The tail probabilities, corrected for median bias and for skew (the acceleration)."""
     from scipy.special import ndtr, ndtri
 
-    # A resampled mean equal to the observed one counts half; with few values there are many of them.
-    below = (np.mean(means < data.mean()) + np.mean(means <= data.mean())) / 2
+    # A resampled mean equal to the observed one counts half. With few values there are many of them, the values in
+    # another order, which rounding must not put on one side.
+    noise = ROUNDING * np.abs(data).max()
+    below = (np.mean(means < data.mean() - noise) + np.mean(means <= data.mean() + noise)) / 2
     bias = ndtri(below)
     if not np.isfinite(bias):
         raise ValueError(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
+
+# Differences of no more than this part of the largest value are rounding.
+ROUNDING = 16 * sys.float_info.epsilon
 
 
 def is_finite(value: object) -> bool:

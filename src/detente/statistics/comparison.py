@@ -11,11 +11,10 @@ import numpy as np
 
 from detente.metrics import relative_changes
 from detente.statistics.bootstrap import Interval, bootstrap_difference, bootstrap_mean, check_resampling
-from detente.statistics.checking import check_baselines, check_results
+from detente.statistics.checking import ROUNDING, check_baselines, check_results
 from detente.statistics.ranks import mean_ranks
 from detente.statistics.summary import Spread, spread
 from detente.statistics.tests import (
-    ROUNDING,
     BestAgainstEach,
     PairedTest,
     best_against_each,
@@ -340,7 +339,8 @@ def _families(
 ) -> tuple[str, ...]:
     def sentence(family: Mapping[str, Against], opponent: str) -> str:
         made = [name for name, against in family.items() if against.adjusted is not None]
-        return f"{len(made)} paired t-tests of the score against {opponent}: {', '.join(made)}"
+        tests = "t-test" if len(made) == 1 else "t-tests"
+        return f"{len(made)} paired {tests} of the score against {opponent}: {', '.join(made)}"
 
     found = []
     if any(against.adjusted is not None for against in by_reference.values()):

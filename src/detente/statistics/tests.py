@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from detente.statistics.checking import check_finite, is_finite
+from detente.statistics.checking import ROUNDING, check_finite, is_finite
 from detente.statistics.summary import spread
 
 __all__ = ["BestAgainstEach", "PairedTest", "best_against_each", "holm", "paired_t_test", "stars"]
-
-# Differences that vary by no more than this part of the largest value are the same up to rounding.
-ROUNDING = 16 * sys.float_info.epsilon
 
 
 @dataclass(frozen=True)

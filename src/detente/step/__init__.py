@@ -7,7 +7,7 @@ method, and :func:`apply` (`applying`). :func:`combine` is the mathematics alone
 
 from detente.step.accumulating import accumulate
 from detente.step.applying import apply, shared_gradients
-from detente.step.combining import combine, with_direction
+from detente.step.combining import asks_for_rows, combine, of_first_rank, with_direction
 from detente.step.recording import record_of, undone_on_failure
 from detente.step.taking import task_gradients
 from detente.step.training_step import backward
@@ -15,8 +15,10 @@ from detente.step.training_step import backward
 __all__ = [
     "accumulate",
     "apply",
+    "asks_for_rows",
     "backward",
     "combine",
+    "of_first_rank",
     "record_of",
     "shared_gradients",
     "task_gradients",

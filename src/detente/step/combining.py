@@ -13,9 +13,13 @@ from detente.autograd.flat import finite, probes_of_rows
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
 from detente.autograd.losses import check_gradients, check_losses, check_scalar, values_of
+from detente.autograd.reduce import Prepared
 from detente.methods.base import Method, positional
 from detente.methods.registry import create
 from detente.values import Combination, TaskGradients
+
+# What a method may need and still get by, on several processes, with one part of every gradient on each.
+_NUMBERS = frozenset({"losses", "gramian", "epoch", "after_step"})
 
 
 def combine(
@@ -107,3 +111,37 @@ def with_direction(combination: Combination, gradients: TaskGradients) -> Combin
     elif direction.untyped_storage().data_ptr() == jacobian.untyped_storage().data_ptr():
         direction = direction.clone()
     return replace(combination, direction=direction)
+
+
+def asks_for_rows(needs: frozenset[str]) -> bool:
+    """Whether a method that needs this looks at gradients, so that a rank's part of each will not do.
+
+    Example:
+        >>> asks_for_rows(frozenset({"gramian"})), asks_for_rows(frozenset({"gramian", "jacobian"}))
+        (False, True)
+    """
+    return not needs <= _NUMBERS
+
+
+def of_first_rank(combination: Combination, step: Prepared) -> Combination:
+    """On several processes the weights of the first: each solves the same problem, but on a machine of its own.
+
+    Args:
+        combination: what the method of this process decided.
+        step: on a single process the combination is given back as it is.
+
+    Example:
+        >>> from detente.autograd.partition import Partition
+        >>> alone = Prepared(("a",), [torch.ones(())], Partition((), (), ((),)))
+        >>> of_first_rank(Combination(weights=torch.ones(1, dtype=torch.float64)), alone).weights
+        tensor([1.], dtype=torch.float64)
+    """
+    if step.reduction is None:
+        return combination
+    ranks, device = step.reduction.ranks, step.losses[0].device
+    changes: dict[str, Any] = {
+        name: ranks.from_first(values, device)
+        for name in ("weights", "block_weights")
+        if (values := getattr(combination, name)) is not None
+    }
+    return replace(combination, **changes)

@@ -24,7 +24,7 @@ from detente.autograd.losses import (
 from detente.autograd.low import LowPass
 from detente.autograd.measure import Taken, check_further, measure_gradients, take_further
 from detente.autograd.partition import Memory, Parameters
-from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
+from detente.autograd.ranks import ProcessGroup, ranks_of
 from detente.autograd.reduce import Prepared, Samples, losses_of_all, prepare, reached_by
 from detente.autograd.representation import Roles
 from detente.autograd.take import take
@@ -33,15 +33,13 @@ from detente.autograd.where import Where
 from detente.methods.base import Method, one_of
 from detente.methods.registry import info_of
 from detente.step.applying import Heads, Scale, apply
+from detente.step.combining import asks_for_rows, of_first_rank
 from detente.step.recording import record_of, undone_on_failure
 from detente.step.taking import Features, MemoryMode
 from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
 LOW = "memory='low': task gradients were taken in {} segments and not kept"
 NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
-# What a method may need and still get by, on several processes, with one part of every gradient on each.
-_NUMBERS = frozenset({"losses", "gramian", "epoch", "after_step"})
-
 NO_SHARED_WEIGHTED = "no shared parameters: every parameter takes the weighted gradient of its own loss"
 
 
@@ -89,8 +87,8 @@ def backward(
         memory: ``fast``: one backward per task; ``batched``: one vectorised backward (every task walks all heads);
             ``low``: the same Gramian without keeping T gradients: the graph is walked in segments, and one weighted
             backward follows (T + 1 backwards; beside the graph T times the largest parameter, and the gradients that
-            wait between two segments). Then only methods that give weights from inner products or losses, on one
-            process. With ``features`` or ``solve_on`` all are the same.
+            wait between two segments). Then only methods that give weights from inner products or losses. With
+            ``features`` or ``solve_on`` all are the same.
         measure: take task gradients for the record also for methods that do not need them.
         extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
             of them, or none (this batch then stands for all). They only inform the method.
@@ -141,7 +139,13 @@ def backward(
         ranks,
         samples=samples,
         known=method.tasks,
-        check=lambda: _check_together(method, info, where, extra, memory, ranks),
+        check=lambda: _check_together(method, info, where, extra, memory),
+        asked=lambda: {
+            "method": info.name,
+            "options": (heads, scale, memory, measure, len(extra), scaler is not None),
+            "needs": tuple(sorted(method.needs_now())),
+            "micro-batch": _micro_batch(method),
+        },
     )
     factor = factor_of(scaler, step.losses)
     accumulation: Accumulation | None = method.__dict__.get("accumulation")
@@ -198,7 +202,7 @@ def _combining(
         mode=memory,
         activations="activations" in needs,
         # Where a method asks for more than numbers about the gradients, parts of them will not do.
-        whole=not needs <= _NUMBERS,
+        whole=asks_for_rows(needs),
         factor=factor,
     )
     if graph is None:
@@ -223,7 +227,7 @@ def _accumulated(
 ) -> StepRecord:
     """The decision over all micro-batches of a step."""
     needs = method.needs_now()
-    whole, graph = accumulation.finish(step, workspace, factor, whole=not needs <= _NUMBERS)
+    whole, graph = accumulation.finish(step, workspace, factor, whole=asks_for_rows(needs))
     taken = measure_gradients(whole.names, graph, blocks="blocks" in needs)
     return _decide(taken, whole, method, heads, scale)
 
@@ -235,7 +239,7 @@ def _decide(taken: Taken, step: Prepared, method: Method, heads: Heads, scale: S
     # trace in the method; in the exact space nothing does, and a copy of a large state is saved.
     cautious = graph.space != "exact" or heads == "weighted" or graph.jacobian is None
     with undone_on_failure(method) if cautious else nullcontext():
-        combination = _of_first_rank(method.combine(taken.gradients), step)
+        combination = of_first_rank(method.combine(taken.gradients), step)
         record = record_of(taken.gradients, combination)
         if isinstance(graph, LowPass):
             record = replace(record, notes=(*record.notes, LOW.format(graph.segments)))
@@ -265,7 +269,7 @@ def _weighting(
     with nullcontext() if plain else undone_on_failure(method):
         combination = Combination(weights=torch.ones(len(losses), dtype=torch.float64))
         if not plain:
-            combination = _of_first_rank(
+            combination = of_first_rank(
                 method.combine(TaskGradients(names=names, losses=known, space="none")), step
             )
         assert combination.weights is not None, "a weighting of losses gives weights"
@@ -308,7 +312,6 @@ def _check_together(
     where: Where,
     extra: Sequence[Losses],
     memory: MemoryMode,
-    ranks: Ranks | None,
 ) -> None:
     """See that further batches, micro-batches and low memory go together with what else was asked for.
 
@@ -327,8 +330,6 @@ def _check_together(
             reason = "gradients of further batches are compared with those of this one"
         elif accumulation is not None:
             reason = "accumulate() keeps a sum of every task's gradients"
-        elif ranks is not None:
-            reason = "several processes share the rows among them (T P / R numbers on each of R)"
         if reason:
             raise ValueError(f"memory='low' does not go with this step: {reason}. Use memory='fast'.")
     if accumulation is None:
@@ -346,6 +347,11 @@ def _check_together(
             "or accumulate without the context: call backward() for every micro-batch with losses divided by their "
             "number."
         )
+
+
+def _micro_batch(method: Method) -> str | None:
+    accumulation: Accumulation | None = method.__dict__.get("accumulation")
+    return None if accumulation is None else f"{accumulation.done + 1} of {accumulation.parts}"
 
 
 def factor_of(scaler: Any, losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -394,16 +400,3 @@ def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
         one_of("heads", heads, ("own", "weighted"))
     one_of("scale", scale, ("native", "sum", "mean", "unit"))
     one_of("memory", memory, ("fast", "batched", "low"))
-
-
-def _of_first_rank(combination: Combination, step: Prepared) -> Combination:
-    """On several processes the weights of the first: each solves the same problem, but on a machine of its own."""
-    if step.reduction is None:
-        return combination
-    ranks, device = step.reduction.ranks, step.losses[0].device
-    changes: dict[str, Any] = {
-        name: ranks.from_first(values, device)
-        for name in ("weights", "block_weights")
-        if (values := getattr(combination, name)) is not None
-    }
-    return replace(combination, **changes)

@@ -312,7 +312,7 @@ class SearchedSteps:
             )
             return self.problem.features(output), self.problem.losses(output, batch.labels)
 
-        found = self._search(closure)
+        found = self._search(closure, batch.examples)
         self.tally.add(found)
         assert found.record is not None
         record = found.record
@@ -359,12 +359,12 @@ class SearchedSteps:
         self.search.load_state_dict(state["search"])
         self.tally, self.warned = tally, state["warned"]
 
-    def _search(self, closure: Closure) -> SearchRecord:
+    def _search(self, closure: Closure, examples: int | None) -> SearchRecord:
         """A step of the search; what it advises is told in flags."""
         from detente.linesearch import NoDescent, SearchFailed
 
         try:
-            return self.search.step(closure)
+            return self.search.step(closure, samples=examples)
         except NoDescent as error:
             divisor = self.config.search_precondition
             other = (
