@@ -50,7 +50,9 @@ def test_a_process_that_ends_within_an_accumulation(tmp_path: Path) -> None:
 def test_tasks_beside_what_is_shared(found: list[dict[str, Any]]) -> None:
     for rank in (rank["beside"] for rank in found):
         assert rank["difference"] < 1e-12
-        assert rank["nowhere"].startswith("ValueError: no loss reaches any of the 4 parameters named in shared=")
+        assert rank["nowhere"].startswith(
+            "ValueError: no loss reaches any of the 4 parameters named in shared="
+        )
         assert rank["untouched"]
 
 
