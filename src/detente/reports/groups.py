@@ -18,7 +18,7 @@ from detente.statistics import Spread, delta_m_spread
 _NOT_SETTINGS = frozenset(
     (
         *("seed", "method", "option", "options", "gradients", "task", "tasks", "label", "name"),
-        *("measure", "record_steps", "checkpoint_seconds"),
+        *("measure", "record_steps", "checkpoint_seconds", "test"),
         *("out", "output", "folder", "data_dir", "download", "json", "resume", "progress"),
         *("device", "devices", "threads", "workers"),
     )
@@ -80,12 +80,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of one experiment: its tasks, their main metrics, and the groups that are compared."""
+    """All runs of one experiment: its tasks, their main metrics, and the groups that are compared.
+
+    ``outcome`` is what a sweep said of them, None where the runs come from elsewhere.
+    """
 
     experiment: str
     tasks: tuple[str, ...]
     metrics: Mapping[str, Metric]
     groups: tuple[Group, ...]
+    outcome: Mapping[str, Any] | None = None
 
     @property
     def compared(self) -> tuple[Group, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from detente.reports.groups import Study, collect
 from detente.reports.plane import plane_section
 from detente.reports.samples import strips_html
 from detente.reports.style import BACKGROUND, PALETTE, named
+from detente.reports.sweeps import Outcome, conditions, finals, read_outcomes
 from detente.reports.tables import table_of
 from detente.reports.verdict import verdict
 
@@ -58,8 +60,10 @@ def build_report(folders: Sequence[Path], output: Path, title: str = "Détente r
             f"{places}: there is no run to report on{detail}. "
             "A run is a folder with a config.json; `detente run` makes one."
         )
-    readable = [_readable(run, problems) for run in runs.values()]
-    page = render(collect(readable), title, [str(problem) for problem in problems])
+    outcomes = read_outcomes(map(Path, folders), problems)
+    readable = [_readable(run, problems) for run in finals(runs.values(), outcomes)]
+    studies = [_with_outcome(study, outcomes) for study in collect(readable)]
+    page = render(studies, title, [str(problem) for problem in problems])
     output = Path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +71,15 @@ def build_report(folders: Sequence[Path], output: Path, title: str = "Détente r
     except OSError as error:
         raise UnwritableFolder(output, error) from error
     return output
+
+
+def _with_outcome(study: Study, outcomes: Mapping[Path, Outcome]) -> Study:
+    """A study with what the sweep says, where all its runs are of one sweep."""
+    mine = [outcome for outcome in outcomes.values() if outcome["experiment"] == study.experiment]
+    if len(mine) != 1:
+        return study
+    inside = {name for entry in mine[0]["contenders"] for name in entry["runs"]}
+    return replace(study, outcome=mine[0]) if all(run.path.name in inside for run in study.runs) else study
 
 
 def render(studies: Sequence[Study], title: str, problems: Sequence[str] = ()) -> str:
@@ -139,6 +152,9 @@ def _study_html(study: Study, figures: list[Figure], several: bool) -> str:
     headline = html.escape(found.headline)
     parts.append(f"<section class='verdict'><p class='headline'>{headline}</p>{limits}</section>")
     parts.append(f"<section><h2>Results on test data</h2>{_table_html(study)}</section>")
+    if study.outcome is not None:
+        told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in conditions(study.outcome))
+        parts.append(f"<section><h2>How this was compared</h2><ul>{told}</ul></section>")
     parts.append(_legend(study))
     sections = [plane_section(study), loss_curves(study), weight_curves(study), conflict_curves(study)]
     balance = balance_section(study)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from detente.records import Metric, Run
 from detente.reports.figures import Figure, Section, axis, safe, short, straight_line, trace_base
 from detente.reports.groups import Group, Study, collect
 from detente.reports.style import PALETTE, SHAPES
+from detente.reports.sweeps import front_points
 from detente.statistics import Spread, spread
 
 
@@ -42,6 +43,9 @@ def _scale(metric: Metric) -> float:
 def _plane(study: Study, title: str) -> Section:
     first, second = (study.metrics[task] for task in study.tasks)
     data: list[dict[str, Any]] = []
+    front = front_points(study)
+    if front:
+        data.append(_front_trace(front, first, second))
     for group in study.compared:
         data += _plane_traces(group, first, second)
     layout: dict[str, Any] = {"xaxis": axis(axis_title(first)), "yaxis": axis(axis_title(second))}
@@ -61,6 +65,8 @@ def _plane(study: Study, title: str) -> Section:
     for name, metric in (("xaxis", first), ("yaxis", second)):
         limits = _limits(study, metric, alone.get(metric.task))
         if limits:
+            kept = [_scale(metric) * point["test"][metric.task] for point in front if not point["dominated"]]
+            limits = (min([limits[0], *kept]), max([limits[1], *kept]))
             # Top right is always better.
             layout[name]["range"] = [short(x) for x in (limits if metric.higher_is_better else limits[::-1])]
     text = "Each point is a method's result on test data; top right is better. "
@@ -73,10 +79,30 @@ def _plane(study: Study, title: str) -> Section:
         text += f"Dashed line: a network trained for that task alone; there is none for {missing[0]}."
     if any(len(group.finished) > 1 for group in study.compared):
         text += " Points are means over seeds with their standard deviation; small points are single runs."
+    if front:
+        text += " The grey line joins the fixed weightings that no other one dominates; its points tell their weights."
     absent = [group.name for group in study.compared if not group.finished]
     if absent:
         text += f" Not finished: {', '.join(absent)}."
     return Section(title, text, ((Figure("", data, layout, height=480),),))
+
+
+def _front_trace(front: Sequence[Mapping[str, Any]], first: Metric, second: Metric) -> dict[str, Any]:
+    """The fixed weightings that no other one dominates, in order, with their weights on hovering."""
+    kept = sorted(
+        (point for point in front if not point["dominated"]), key=lambda point: point["test"][first.task]
+    )
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [short(_scale(first) * point["test"][first.task]) for point in kept],
+        "y": [short(_scale(second) * point["test"][second.task]) for point in kept],
+        "text": [", ".join(f"{weight:g}" for weight in point["weights"]) for point in kept],
+        "hovertemplate": "fixed weights %{text}<extra></extra>",
+        "line": {"color": "@muted", "width": 2},
+        "marker": {"color": "@muted", "size": 6},
+        "showlegend": False,
+    }
 
 
 def _plane_traces(group: Group, first: Metric, second: Metric) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from detente.records import Metric, Run, find_runs
 from detente.reports.groups import Group, Study, collect
+from detente.reports.sweeps import said_of
 from detente.statistics import Spread, spread
 
 if TYPE_CHECKING:
@@ -108,8 +109,10 @@ def table_of(study: Study) -> Table:
         unit = " %" if common.percent else ""
         title = f"mean {common.name}{unit}"
         columns.append(Column("mean", title, True, common.higher_is_better))
+    reference = ((study.outcome or {}).get("comparison") or {}).get("reference")
     columns += [
         Column("delta_m", "Δm %", True, False),
+        *([Column("verdict", f"against {reference}", numeric=False)] if reference else []),
         Column("relative_seconds", "time × uniform", True, None),
         Column("seconds_per_epoch", "s per epoch", True, None),
         Column("peak_memory_bytes", "peak memory", True, None),
@@ -125,7 +128,8 @@ def table_of(study: Study) -> Table:
             cells += [_metric_cell(group, study.metrics[task]) for task in study.tasks]
         elif common is not None:
             cells.append(_mean_cell(group, common))
-        cells += [_delta_cell(study, group), *_seconds_cells(study, group), _memory_cell(group)]
+        cells += [_delta_cell(study, group), *([_verdict_cell(study, group)] if reference else [])]
+        cells += [*_seconds_cells(study, group), _memory_cell(group)]
         cells += [_seeds_cell(group)] if counted else []
         rows.append(Row(group, tuple(cells)))
     return Table(study.experiment, tuple(columns), _mark_best(columns, rows), tuple(_notes(study, narrow)))
@@ -274,6 +278,17 @@ def _delta_cell(study: Study, group: Group) -> Cell:
     if found is None:
         return Cell(MISSING)
     return Cell(show_spread(show_signed(found.mean), found, 1.0, ".2f"), found.mean)
+
+
+def _verdict_cell(study: Study, group: Group) -> Cell:
+    """What the sweep's test against its reference says."""
+    said = said_of(study, group.name)
+    if said is None:
+        return Cell(MISSING)
+    if said["verdict"] is None:
+        return Cell("the reference")
+    adjusted = said["against_reference"]["adjusted"]
+    return Cell(f"{said['verdict']} (p {adjusted:.2g})" if adjusted is not None else said["verdict"])
 
 
 def _seconds_cells(study: Study, group: Group) -> list[Cell]:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from detente.reports.groups import Group, Study
+from detente.reports.sweeps import headline_and_sentences
 from detente.reports.tables import show_metric, show_signed
 from detente.statistics import Spread, spread
 
@@ -29,9 +30,12 @@ class Verdict:
 def verdict(study: Study) -> Verdict:
     """The verdict on one study, from its finished runs.
 
-    Ranked by Δm where single-task baselines exist; without them, or without finished runs, it says what is missing
-    instead of naming a winner.
+    From a sweep's own tests where the runs are of one. Otherwise ranked by Δm where single-task baselines exist;
+    without them, or without finished runs, it says what is missing instead of naming a winner.
     """
+    if study.outcome is not None:
+        headline, found = headline_and_sentences(study.outcome)
+        return Verdict(headline, tuple(found))
     ranked = _ranked(study)
     done = [group for group in study.compared if group.finished]
     if ranked:
