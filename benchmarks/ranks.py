@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import numpy as np
@@ -356,6 +357,23 @@ def ratio_rows(measured: Iterable[Measured]) -> Rows:
     return found
 
 
+def summary(steps: Iterable[tuple[int, Step]], factor: float = 1.5) -> str:
+    """In words, how far off the model is: steps with their number of ranks."""
+    steps = list(steps)
+    told = []
+    for ranks in sorted({ranks for ranks, _ in steps}):
+        here = [step for count, step in steps if count == ranks]
+        near = sum(1 / factor <= step.predicted / step.measured <= factor for step in here)
+        again = sum(1 / factor <= step.replayed / step.measured <= factor for step in here)
+        told.append(f"with {ranks} ranks {near} (replayed: {again}) of {len(here)}")
+    ranks, worst = max(steps, key=lambda found: abs(log(found[1].predicted / found[1].measured)))
+    return (
+        f"Predicted within a factor {factor} of measured: {', '.join(told)}. Furthest off: {worst.method}, "
+        f"{worst.space}, T = {worst.tasks}, P = {worst.shared:.1e} on {ranks} ranks, "
+        f"{worst.predicted / worst.measured:.2f} of the measured seconds."
+    )
+
+
 def peak_rows(shared: int = 1_000_000) -> Rows:
     """Bytes on paper beside those counted."""
     found = [("step", "ranks", "on paper", "counted", "ratio")]
@@ -378,6 +396,7 @@ def main() -> None:
     """Print all tables."""
     measured = [measure(ranks) for ranks in RANKS]
     print(text(line_rows(measured)))
+    print(f"\n{summary((one.ranks, step) for one in measured for step in one.steps)}")
     print("\npeak\n" + text(peak_rows()))
     print("\npredicted / measured\n" + text(ratio_rows(measured)))
     for one in measured:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import re
 import statistics
 import sys
@@ -20,8 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.__main__ import _processor as processor
 from benchmarks._at_scale import Rows, kinds, tables
-from benchmarks.ranks import RANKS, line_rows, measure, peak_rows, ratio_rows, step_rows
+from benchmarks.ranks import RANKS, line_rows, measure, peak_rows, ratio_rows, step_rows, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, TIMES = ROOT / "docs/scaling.md", ROOT / "docs/results/method-times.csv"
@@ -53,15 +53,15 @@ def solving_rows() -> Rows:
 
 def measured_tables() -> dict[str, str]:
     """What `python -m benchmarks ranks` measures, as Markdown."""
+    busy = os.getloadavg()[0]
     measured = [measure(ranks) for ranks in RANKS]
-    machine = (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    )
+    machine = f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, one thread for each process"
     found = {
         "measured lines": table(line_rows(measured)),
         "measured ratios": table(ratio_rows(measured)),
         "measured memory": table(peak_rows()),
-        "machine": f"Measured with {machine}, one thread for each process.",
+        "machine": f"Measured with {machine}; before that the machine had a load of {busy:.1f} from other work.",
+        "measured summary": summary((one.ranks, step) for one in measured for step in one.steps),
     }
     for one in measured:
         found[f"measured steps, {one.ranks} ranks"] = table(step_rows(one))
