@@ -9,7 +9,7 @@ from processes import in_processes
 from random_graphs import many
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(60, marks=pytest.mark.slow)])
 def test_every_mode_on_two_processes(tmp_path: Path, count: int) -> None:
     for rank in in_processes(many, 2, tmp_path, count):
         for mode, done in rank.items():

@@ -108,8 +108,8 @@ def test_thousands_of_steps_hold_no_more_than_some_hundred(kind: str) -> None:
             held.append(_held())
     tensors, blocks = (list(row) for row in zip(*held, strict=True))
     assert max(tensors[1:]) <= tensors[0], f"tensors alive over the steps: {tensors}"
-    # Caches elsewhere grow by a hundred or so; an object left behind at each step would be four times the limit.
-    assert blocks[-1] - blocks[0] < (last - SETTLED) / 4, f"blocks of memory that Python holds: {blocks}"
+    # Caches elsewhere grow by some hundred; an object left behind at each step would be twice the limit.
+    assert blocks[-1] - blocks[0] < (last - SETTLED) / 2, f"blocks of memory that Python holds: {blocks}"
 
 
 def _held() -> tuple[int, int]:

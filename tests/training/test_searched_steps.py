@@ -20,7 +20,7 @@ from detente.linesearch import NoDescent, SearchFailed
 from detente.records import read_run
 from detente.training import train
 from detente.training.config import TrainingConfig
-from detente.training.steps import SearchedSteps, Tally, TooLongWarning
+from detente.training.steps import Batch, SearchedSteps, Tally, TooLongWarning
 
 FAST: dict[str, Any] = {"search": "fast", "gradients": "features"}
 CLASSICAL: dict[str, Any] = {"search": "backtracking"}
@@ -148,7 +148,7 @@ def parabolas(z: torch.Tensor) -> list[torch.Tensor]:
 
 def take(steps: SearchedSteps, x: float = 1.0) -> tuple[Any, Any]:
     inputs = torch.full((1, 1), x, dtype=torch.float64)
-    record, further = steps.step(inputs, None, measure=False, balance=False)
+    record, further = steps.step([Batch(inputs, None)], measure=False, balance=False)
     return record, further["search"]
 
 

@@ -20,7 +20,7 @@ def accumulate(method: Method, parts: int) -> Iterator[None]:
 
     Gradients are taken on the parameters (exact), one backward for each task and micro-batch, also for methods that
     look at losses only: their weights are known at the end. On several processes nothing is sent before the last call
-    but the announcement of each.
+    but each one's announcement and the sum of its T losses.
 
     Args:
         method: the method that will be passed to :func:`backward`.
