@@ -105,7 +105,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert samples.predictions["left"].tolist() == [1, 3]
     assert samples.predictions["left"].dtype == np.int64
     assert sorted(path.name for path in (tmp_path / "a" / "run").iterdir()) == [
-        "config.json", "epochs.jsonl", "result.json", "samples.npz", "steps.jsonl",
+        ".lock", "config.json", "epochs.jsonl", "result.json", "samples.npz", "steps.jsonl",
     ]  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def test_mis_shaped_rows_and_results_are_refused(tmp_path):
             folder.write_samples(np.zeros((2, 4, 4)), {}, {})
         with pytest.raises(ValueError, match="prediction of task 'left'"):
             folder.write_samples(np.zeros((2, 4, 4), np.uint8), {"left": [1, 2]}, {"left": [1]})
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
 
 
 def test_create_refuses_a_folder_with_records(tmp_path):
@@ -240,7 +240,7 @@ def test_full_disk_names_the_folder(tmp_path, monkeypatch):
         folder.write_result(RESULT)
     assert caught.value.errno == errno.ENOSPC
     assert not folder.finished
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

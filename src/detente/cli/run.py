@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from detente.cli.console import UsageError, file_name, rank
+from detente.cli.export import check_export, export
 
 
 def run(arguments: list[str]) -> int:
-    """Parse the protocol\'s configuration, and train; in several processes if it asks for them."""
+    """Parse the protocol's configuration, and train; in several processes if it asks for them."""
     import tyro
 
     from detente.experiments import experiments, find
+    from detente.records import read_run
     from detente.training.launch import end_with_the_starter, launch, launched
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -26,28 +28,34 @@ def run(arguments: list[str]) -> int:
         return 0 if arguments else 2
     experiment = find(arguments[0])
 
-    def parse(config: Any, out: Path | None = None, json: bool = False) -> tuple[Any, Path | None, bool]:
+    def parse(config: Any, out: Path | None = None, export: Path | None = None, json: bool = False) -> Any:
         """Run a protocol.
 
         Args:
             config: the protocol.
             out: Folder of the run. Default: runs/EXPERIMENT/METHOD-GRADIENTS-seedS.
+            export: Write the weights of the selected epoch (the best one on validation data, where several were
+                selected) to this file, FILE.safetensors: a plain state_dict.
             json: Print one JSON object.
         """
-        return config, out, json
+        return config, out, export, json
 
     unprefixed: Any = tyro.conf.OmitArgPrefixes
     parse.__annotations__["config"] = unprefixed[experiment.config]
-    parse.__annotations__["out"] = Path | None
+    parse.__annotations__["out"] = parse.__annotations__["export"] = Path | None
     parse.__annotations__["json"] = bool
-    parse.__doc__ = f"{experiment.name}: {experiment.summary}.\n\nSource: {experiment.source}"
-    config, out, as_json = tyro.cli(
+    arguments_told = (parse.__doc__ or "").partition("Args:")[2]
+    parse.__doc__ = (
+        f"{experiment.name}: {experiment.summary}.\n\nSource: {experiment.source}\n\nArgs:{arguments_told}"
+    )
+    config, out, exported, as_json = tyro.cli(
         parse,
         args=arguments[1:],
         prog=f"detente run {experiment.name}",
         config=(tyro.conf.UseAppendAction,),
     )
     _check_method(config)
+    check_export(exported, experiment)
     if config.devices > 1 and not launched():
         return launch(config.devices, ["run", *arguments])
     end_with_the_starter()
@@ -63,6 +71,8 @@ def run(arguments: list[str]) -> int:
             quiet=as_json and not sys.stderr.isatty(),
         )
     if rank() == 0:
+        if exported is not None:
+            export(read_run(folder), exported)
         _print_result(result, folder, as_json)
     return 0
 
@@ -98,7 +108,7 @@ def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
             "metrics",
             "seconds",
         )
-        print(json.dumps({**{key: result[key] for key in keys}, "folder": str(folder)}))
+        print(json.dumps({**{key: result.get(key) for key in keys}, "folder": str(folder)}))
         return
     for task, values in result["metrics"].items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))

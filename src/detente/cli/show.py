@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from detente.cli.console import UsageError, print_columns
+from detente.cli.export import check_export, export
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class EvaluateCommand:
     """The data to evaluate on."""
     data_dir: Path | None = None
     """Folder of the data, if it has moved since the run."""
+    export: Path | None = None
+    """Write the weights of the selected epoch (the best one on validation data, where several were selected) to this
+    file, FILE.safetensors: a plain state_dict."""
     json: bool = False
     """Print one JSON object."""
 
@@ -81,6 +85,9 @@ def evaluate(command: EvaluateCommand) -> int:
     if run.result is None:
         raise UsageError(f"{command.run} holds an unfinished run; finish it first: {run.config['command']}")
     experiment = find(run.experiment)
+    if experiment.trainer is not None:
+        raise UsageError(f"{command.run}: {run.experiment} keeps no weights; its metrics are in result.json.")
+    check_export(command.export, experiment)
     stored: dict[str, Any] = {
         key: tuple(v) if isinstance(v, list) else v for key, v in run.config["config"].items()
     }
@@ -88,6 +95,8 @@ def evaluate(command: EvaluateCommand) -> int:
     problem = experiment.build(experiment.config(**stored))
     model = problem.model()
     metrics = measured(problem, model, run.path, run.result["selected_epochs"], command.split)
+    if command.export is not None:
+        export(run, command.export)
     if command.json:
         keys = ("experiment", "method", "options", "gradients", "seed")
         about = {key: run.config[key] for key in keys}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detente.cli.console import UsageError, file_name, print_columns
+from detente.cli.console import file_name, print_columns
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def run_sweep(arguments: list[str]) -> int:
 
     from detente.experiments import experiments, find
     from detente.sweeps import SweepConfig, plan_of, sweep
-    from detente.sweeps.outcome import table
+    from detente.sweeps.outcome import tables
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: detente sweep EXPERIMENT [options]     (detente sweep EXPERIMENT --help lists them)\n")
@@ -44,31 +46,34 @@ def run_sweep(arguments: list[str]) -> int:
     def parse(asked: Any, command: Any) -> Any:
         return asked, command
 
+    def explain(asked: Any, command: Any, config: Any) -> Any:
+        return asked, command, config
+
     unprefixed: Any = tyro.conf.OmitArgPrefixes
-    parse.__annotations__.update(asked=unprefixed[SweepConfig], command=unprefixed[SweepCommand])
+    kinds = {"asked": unprefixed[SweepConfig], "command": unprefixed[SweepCommand]}
+    parse.__annotations__.update(kinds)
+    explain.__annotations__.update({**kinds, "config": unprefixed[experiment.config]})
     prog = f"detente sweep {experiment.name}"
+    description = (
+        f"Compare methods on {experiment.name} under equal conditions. Flags of `detente run` hold for all."
+    )
+    if {"-h", "--help"} & set(arguments[1:]):  # of all flags, although they are read in two goes
+        tyro.cli(explain, args=["--help"], prog=prog, description=description)
     (asked, command), others = tyro.cli(
-        parse,
-        args=arguments[1:],
-        prog=prog,
-        description=(
-            f"Compare methods on {experiment.name} under equal conditions. All flags of `detente run` are taken too, "
-            "and hold for every run."
-        ),
-        return_unknown_args=True,
+        parse, args=arguments[1:], prog=prog, description=description, return_unknown_args=True
     )
 
     def config_of(flags: Sequence[str]) -> Any:
+        told = io.StringIO()
         try:
-            return tyro.cli(
-                experiment.config, args=[*others, *flags], prog=prog, config=(tyro.conf.UseAppendAction,)
-            )
+            with redirect_stderr(told):
+                return tyro.cli(experiment.config, args=flags, prog=prog, config=(tyro.conf.UseAppendAction,))
         except SystemExit as error:
-            raise UsageError(f"flags {shlex.join([*others, *flags])!r} are not understood.") from error
+            raise ValueError(_first_words(told.getvalue())) from error
 
     folder = command.out or Path("runs") / f"{file_name(experiment.name)}-sweep"
     with redirect_stdout(sys.stderr):
-        plan = plan_of(experiment, asked, config_of)
+        plan = plan_of(experiment, asked, config_of, others)
     if command.plan:
         return _print_plan(plan, command.json)
     with redirect_stdout(sys.stderr):
@@ -82,15 +87,23 @@ def run_sweep(arguments: list[str]) -> int:
     if command.json:
         print(json.dumps({**found, "folder": str(folder)}))
     else:
-        header, rows = table(found)
-        print_columns(header, rows)
-        print()
+        for header, rows in tables(found, shutil.get_terminal_size().columns):
+            print_columns(header, rows)
+            print()
         for sentence in found["conditions"]:
             print(sentence)
         print(f"Everything is in {folder}.")
     for name, reason in found["failures"].items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if found["failures"] else 0
+
+
+def _first_words(told: str) -> str:
+    """What was wrong with some flags, without title, frame and hint."""
+    # Between the title and the first rule; a frame of lines or of blanks is drawn around it all.
+    lines = [line.strip(" │|+╭╮╰╯") for line in told.splitlines()]
+    parts = "\n".join(line if line.strip("-─") else "\0" for line in lines[1:]).split("\0")
+    return next((" ".join(part.split()) for part in parts if part.strip()), "the flags are not understood.")
 
 
 def _print_plan(plan: Any, as_json: bool) -> int:

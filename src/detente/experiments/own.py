@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +14,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from detente.experiments.registry import Experiment, UnknownExperiment
 from detente.methods import describe
 from detente.records import SCHEMA, Metric, RunFolder, versions
 from detente.records.atomic import plain, write_json
 from detente.training.config import TrainingConfig
 from detente.training.loop import VOLATILE, create_method
+from detente.training.processes import threads
 from detente.training.tensors import OneTask
 
 _WITHHELD = "withheld.json"
+_EXPECTED = "return {'validation': {task: {metric: value}}, 'test': ...}."
 # What a result repeats of the configuration it belongs to.
 _REPEATED = ("experiment", "method", "options", "gradients", "label", "seed", "tasks")
+_TEST_DATA = "measured in every run by the training function, and kept back until a configuration was chosen"
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,10 @@ class TrainingFunction:
         """The first metric of each task."""
         return {metric.task: metric.name for metric in reversed(self.metrics)}
 
+    def describe(self) -> dict[str, str]:
+        """The function's name, and what becomes of the test data."""
+        return {"function": self.function.__qualname__, "test data": _TEST_DATA}
+
 
 def training_function(
     metrics: Sequence[Metric], learning_rates: Sequence[float] = (1e-4, 1e-3, 1e-2)
@@ -63,8 +74,9 @@ def training_function(
 
     The function is called with a method that is ready to use and with the configuration (``learning_rate``, ``epochs``,
     ``batch_size``, ``seed`` and the rest; ``task`` other than ``"all"`` asks for that task alone), trains in its own
-    way, and returns what it measured on validation and on test data. The sweep keeps the test data back until a
-    configuration was chosen. A run that is interrupted starts anew: how far it came is the function's own affair.
+    way, and returns what it measured on validation and on test data. The global generators of torch, numpy and Python
+    are seeded before. What was measured on test data is kept back until a configuration was chosen. A run that is
+    interrupted starts anew: how far it came is the function's own affair.
 
     Args:
         metrics: of every task, the one it is judged by first.
@@ -90,7 +102,8 @@ def training_function(
 def from_file(name: str) -> Experiment:
     """The experiment ``path/to/file.py:NAME``: a class like :class:`detente.training.Problem`, or a training function.
 
-    The file is run, as any file of Python that one starts.
+    The file is run, as any file of Python that one starts. A class whose ``__init__`` has a parameter ``config`` is
+    given the configuration, any other is made without arguments.
 
     Raises:
         UnknownExperiment: no such file, nothing of that name in it, or something else than a problem.
@@ -151,7 +164,7 @@ def _task_of(config: OwnConfig) -> str | None:
 
 
 def _built(kind: type, config: OwnConfig) -> Any:
-    problem = kind(config) if len(inspect.signature(kind).parameters) else kind()
+    problem = kind(config) if "config" in inspect.signature(kind).parameters else kind()
     return problem if config.task == "all" else OneTask(problem, config.task)
 
 
@@ -188,7 +201,7 @@ def _train_by_function(
         "main_metric": problem.main_metric,
         "seed": config.seed,
         "config": plain(asdict(config)),
-        "problem": {"function": problem.function.__qualname__},
+        "problem": problem.describe(),
         "command": command,
         "versions": versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -197,16 +210,19 @@ def _train_by_function(
         result = records.read().result
         if result is None:
             started = time.perf_counter()
-            told = problem.function(method, config)
+            with torch.random.fork_rng(), threads(config.threads):
+                _seed(config.seed)
+                told = problem.function(method, config)
+            if not isinstance(told, Mapping):
+                raise ValueError(
+                    f"{problem.function.__qualname__} returned {type(told).__name__}; {_EXPECTED}"
+                )
             found = {split: _measured(problem, split, told.get(split)) for split in ("validation", "test")}
             write_json(folder / _WITHHELD, {"test": found["test"]})
             result = {
                 "schema": SCHEMA,
                 "status": "done",
-                **{
-                    key: stored[key]
-                    for key in ("experiment", "method", "options", "gradients", "label", "seed", "tasks")
-                },
+                **{key: stored[key] for key in _REPEATED},
                 "epochs": config.epochs,
                 "metrics": found["test"] if config.test else {},
                 "validation": found["validation"],
@@ -231,6 +247,13 @@ def _measured(problem: TrainingFunction, split: str, values: Any) -> dict[str, d
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{problem.function.__qualname__} returned no {metric.name!r} of task {metric.task!r} for {split} "
-                "data; return {'validation': {task: {metric: value}}, 'test': ...}."
+                f"data; {_EXPECTED}"
             ) from error
     return found
+
+
+def _seed(seed: int) -> None:
+    """All global generators, so that a run does not depend on the runs before it in this process."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the functions of others may draw from it
+    torch.manual_seed(seed)

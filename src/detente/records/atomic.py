@@ -31,6 +31,18 @@ def write_bytes(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files that a killed writer left; only who holds the folder may do so.
+
+    >>> Path(".checkpoint.pt.123.tmp").touch()
+    >>> remove_unfinished(Path("."))
+    >>> Path(".checkpoint.pt.123.tmp").exists()
+    False
+    """
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically, in UTF-8 with newlines as given.
 

@@ -13,7 +13,8 @@ from typing import Any, Self, TextIO
 import numpy as np
 from numpy.typing import ArrayLike
 
-from detente.records.atomic import json_line, plain, write_bytes, write_json
+from detente.records.atomic import json_line, plain, remove_unfinished, write_bytes, write_json
+from detente.records.lock import Lock
 from detente.records.reading import Run, complete_lines, read_rows, read_run
 from detente.records.schema import (
     CONFIG,
@@ -41,7 +42,7 @@ class RunFolder:
 
     Rows of steps are buffered; `append_epoch` hands everything to the operating system, `flush` to the disk.
     Call `flush` before saving a checkpoint: then every row up to it is there when the run resumes.
-    Use it as a context manager, or call `close`.
+    Use it as a context manager, or call `close`: until then no other process can write to the folder.
 
     >>> import tempfile
     >>> from detente.records import read_run, versions
@@ -62,27 +63,32 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._files: dict[str, TextIO] = {}
+        self._lock: Lock | None = None
 
     @classmethod
     def create(cls, path: Path, config: Mapping[str, Any]) -> Self:
         """Start a new run: make the folder and write its configuration.
 
         Raises `RecordError` when the configuration is mis-shaped (nothing is written), FileExistsError when
-        the folder already holds records, `UnwritableFolder` when it cannot be written.
+        the folder already holds records, `UnwritableFolder` when it cannot be written, `FolderInUse` when another
+        process writes to it.
         """
         path = Path(path)
         stored = plain(config)
         check_config(stored, "the configuration of the run")
+        folder = cls(path)
         with _naming(path):
             path.mkdir(parents=True, exist_ok=True)
+            folder._hold()
             present = [name for name in (CONFIG, EPOCHS, STEPS, SAMPLES, RESULT) if (path / name).exists()]
         if present:
+            folder.close()
             raise FileExistsError(
                 f"{path} already holds {', '.join(present)}. Choose another output folder or delete this one."
             )
         with _naming(path):
             write_json(path / CONFIG, stored)
-        return cls(path)
+        return folder
 
     @classmethod
     def open_or_create(
@@ -112,6 +118,10 @@ class RunFolder:
         if found:
             raise ConfigMismatch(path, found)
         folder = cls(path)
+        if folder.finished:  # nothing is written to it, unless it is measured later
+            return folder
+        with _naming(path):
+            folder._hold()
         for name in (EPOCHS, STEPS):
             folder._repair(name)
         return folder
@@ -163,7 +173,7 @@ class RunFolder:
         """
         if self.finished:
             raise RecordError(f"{self.path} holds a finished run: its records cannot be cut.")
-        self.close()
+        self._let_go_of_files()
         for name, check, order in ((EPOCHS, check_epoch, "epoch"), (STEPS, check_step, "step")):
             path = self.path / name
             rows = read_rows(path, check, order)
@@ -180,6 +190,7 @@ class RunFolder:
         check_result(stored, "the result of the run")
         self.flush()
         with _naming(self.path):
+            self._hold()
             write_json(self.path / RESULT, stored)
 
     def write_samples(
@@ -209,11 +220,13 @@ class RunFolder:
             write_bytes(self.path / SAMPLES, buffer.getvalue())
 
     def close(self) -> None:
-        """Write what is buffered and let go of the files; appending opens them again."""
-        with _naming(self.path):
-            while self._files:
-                _, file = self._files.popitem()
-                file.close()
+        """Write what is buffered and let go of the folder; appending takes hold of it again."""
+        try:
+            self._let_go_of_files()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def __enter__(self) -> Self:
         return self
@@ -223,8 +236,21 @@ class RunFolder:
     ) -> None:
         self.close()
 
+    def _hold(self) -> None:
+        """See that nobody else writes here: two processes that resume one run would mix their rows."""
+        if self._lock is None:
+            self._lock = Lock(self.path)
+            remove_unfinished(self.path)
+
+    def _let_go_of_files(self) -> None:
+        with _naming(self.path):
+            while self._files:
+                _, file = self._files.popitem()
+                file.close()
+
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with _naming(self.path):
+            self._hold()
             if name not in self._files:
                 self._files[name] = open(  # noqa: SIM115 - stays open between rows, closed by close()
                     self.path / name, "a", buffering=_BUFFER, encoding="utf-8", newline="\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,18 +11,7 @@ Rule = Literal["delta-m", "mean", "rank"]
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Many runs of one experiment under equal conditions.
-
-    Every contender is tuned with as many runs; what is chosen on validation data is trained with several seeds and
-    measured on test data.
-
-    Raises:
-        ValueError: a number is out of range, or the rule needs single tasks that are left out.
-
-    Example:
-        >>> SweepConfig(methods=("uniform", "mgda"), singles=False).rule
-        'mean'
-    """
+    """Many runs of one experiment under equal conditions."""
 
     methods: tuple[str, ...] = ("uniform",)
     """Methods to compare, as NAME, NAME@SPACE (exact, features or layer) or path/to/file.py:ClassName; all stands for
@@ -42,8 +32,8 @@ class SweepConfig:
     """How a contender's configuration is chosen on validation data: least Δm against the single tasks, best mean of the
     tasks' main metrics, or best mean rank over the tasks. Left out, delta-m, or mean without single tasks."""
     front: int = 0
-    """Run the front of fixed weightings too: all whose weights are multiples of 1/FRONT, none zero. They are also what
-    the tuned scalarisation is chosen from. 0 leaves both out."""
+    """Run the front of fixed weightings too: each task's share of the whole weight a multiple of 1/FRONT, none zero.
+    They are also what the tuned scalarisation is chosen from. 0 leaves both out."""
     singles: bool = True
     """Train every task alone as well, tuned like the rest."""
     seeds: int = 3
@@ -55,34 +45,43 @@ class SweepConfig:
     retries: int = 1
     """How often a run is started again whose worker died."""
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("trials", 1),
-            ("extend", 0),
-            ("front", 0),
-            ("seeds", 1),
-            ("workers", 1),
-            ("retries", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.tune_epochs is not None and self.tune_epochs < 1:
-            raise ValueError(f"tune_epochs is {self.tune_epochs}; it must be at least 1.")
-        if any(not rate > 0 for rate in self.lrs):
-            raise ValueError(f"lrs are {', '.join(map(str, self.lrs))}; all must be positive.")
-        if self.choose == "delta-m" and not self.singles:
-            raise ValueError(
-                "choose delta-m compares with single tasks: leave out --no-singles, or choose another rule."
-            )
+    def mistakes(self) -> list[str]:
+        """What is wrong with these numbers, whatever the problem; empty if nothing is.
 
-    @property
-    def rule(self) -> Rule:
-        """How configurations are chosen."""
-        return self.choose or ("delta-m" if self.singles else "mean")
+        Example:
+            >>> SweepConfig(seeds=0, lrs=(0.1, 0.1)).mistakes()
+            ['--seeds is 0; it must be at least 1.', '--lrs names 0.1 twice.']
+        """
+        least = {"trials": 1, "extend": 0, "front": 0, "seeds": 1, "workers": 1, "retries": 0}
+        found = [
+            f"--{name} is {getattr(self, name)}; it must be at least {smallest}."
+            for name, smallest in least.items()
+            if getattr(self, name) < smallest
+        ]
+        if self.tune_epochs is not None and self.tune_epochs < 1:
+            found.append(f"--tune-epochs is {self.tune_epochs}; it must be at least 1.")
+        for rate in dict.fromkeys(self.lrs):
+            if not 0 < rate < math.inf:
+                found.append(f"--lrs names {rate}; a learning rate is positive and finite.")
+            if self.lrs.count(rate) > 1:
+                found.append(f"--lrs names {rate} twice.")
+        if not self.methods and not self.also:
+            found.append("--methods names nothing to compare.")
+        if self.choose == "delta-m" and not self.singles:
+            found.append(
+                "--choose delta-m compares with single tasks: leave out --no-singles, or choose another rule."
+            )
+        return found
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not end: why, in one line."""
+    """A run that did not end.
+
+    Attributes:
+        reason: why, in one line.
+        everywhere: True if no other run could go on either: the disk is full.
+    """
 
     reason: str
+    everywhere: bool = False

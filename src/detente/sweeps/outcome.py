@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from detente.methods import create, describe
+from detente.metrics import delta_m
 from detente.records import versions
 from detente.records.atomic import write_json, write_text
-from detente.statistics import compare, hypervolume, non_dominated
+from detente.statistics import compare, hypervolume, non_dominated, spread
 from detente.sweeps.asked import Failure
 from detente.sweeps.contenders import Contender
 from detente.sweeps.plan import Choice, Plan, Planned
@@ -45,12 +47,17 @@ def outcome(plan: Plan, results: Mapping[str, Outcome], command: str) -> dict[st
         for one in plan.contenders
         if one.kind != "single" and (values := _values(plan, finals.get(one.name, ()), results))
     }
+    singles = [run for one in plan.contenders if one.kind == "single" for run in finals.get(one.name, ())]
+    comparison, hindrance = _comparison(plan, tested, singles, results)
+    told = conditions(plan, choices)
+    told += [f"Nothing was chosen for {name}: {why}." for name, why in plan.hindered(results).items()]
+    told += [f"Nothing was compared: {hindrance}."] if hindrance else []
     return {
         "schema": SCHEMA,
         "experiment": plan.experiment,
         "command": command,
         "versions": versions(),
-        "conditions": conditions(plan, choices),
+        "conditions": told,
         "tasks": list(plan.tasks),
         "main_metric": {
             task: {
@@ -61,27 +68,48 @@ def outcome(plan: Plan, results: Mapping[str, Outcome], command: str) -> dict[st
             for task, metric in plan.main.items()
         },
         "contenders": [
-            _contender(plan, one, choices.get(one.name), finals, results) for one in plan.contenders
+            _contender(plan, one, choices.get(one.name), finals.get(one.name, ()), singles, results)
+            for one in plan.contenders
         ],
-        "comparison": _comparison(plan, tested, finals, results),
+        "comparison": comparison,
         "front": _front(plan, choices, results, tested),
-        "failures": {name: found.reason for name, found in results.items() if isinstance(found, Failure)},
+        "failures": failures(plan, results),
     }
+
+
+def failures(plan: Plan, results: Mapping[str, Outcome]) -> dict[str, str]:
+    """Name of a run to why it did not end, or could not be measured on test data; sorted by name."""
+    found = {}
+    for name in sorted({planned.name for planned in plan.known(results)}):
+        result = results.get(name)
+        if isinstance(result, Failure):
+            found[name] = result.reason
+        elif result is not None and result.get("untested"):
+            found[name] = f"not measured on test data: {result['untested']}"
+    return found
 
 
 def conditions(plan: Plan, choices: Mapping[str, Choice]) -> list[str]:
     """What was equal for everyone, and what was not, in sentences."""
     asked = plan.asked
-    first = plan.contenders[0].config
-    tuned = asked.tune_epochs or first.epochs
+    common = next((one for one in plan.contenders if one.kind == "method"), plan.contenders[0]).config
+    tuned = asked.tune_epochs or common.epochs
     scales = sorted({one.config.scale for one in plan.contenders if one.kind == "method"})
+    singles = any(one.kind == "single" for one in plan.contenders)
+    front = any(one.kind == "scalarisation" for one in plan.contenders)
+    most = "" if common.max_steps is None else f" (at most {common.max_steps} steps)"
     told = [
-        f"Every contender had {asked.trials} tuning runs of {_count(tuned, 'epoch')} over its declared options and the "
-        f"learning rate, with seed 0; what was chosen was trained for {_count(first.epochs, 'epoch')} with "
-        f"{_count(asked.seeds, 'seed')}.",
-        f"Configurations were chosen on validation data by {_RULES[asked.rule]}"
-        + (", single tasks by their own main metric." if asked.singles and len(plan.tasks) > 1 else "."),
-        "Test data were read by the chosen configurations alone, once for each run.",
+        f"Every contender had {_count(asked.trials, 'tuning run')} of {_count(tuned, 'epoch')}{most} over its declared "
+        f"options and the learning rate, with seed 0; what was chosen was trained for "
+        f"{_count(common.epochs, 'epoch')} with {_count(asked.seeds, 'seed')}.",
+        f"Configurations were chosen on validation data by {_RULES[plan.rule]}"
+        + (", single tasks by their own main metric." if singles else "."),
+        # A training function of the user's own measures both kinds of data in one go.
+        f"Test data were {plan.problem['test data']}."
+        if "test data" in plan.problem
+        else "Test data were read by the chosen configurations"
+        + (" and the weightings of the front" if front else "")
+        + " alone, once for each run.",
         "Steps have "
         + (
             "each method's native length."
@@ -89,6 +117,10 @@ def conditions(plan: Plan, choices: Mapping[str, Choice]) -> list[str]:
             else f"the length of scale {', '.join(scales)}."
         ),
     ]
+    for one in plan.contenders:
+        others = _others(one, common)
+        if one.kind == "method" and others:
+            told.append(f"{one.name} differs from the first method by {', '.join(others)}.")
     extended = {
         name: choice.runs - asked.trials for name, choice in choices.items() if choice.runs > asked.trials
     }
@@ -106,9 +138,6 @@ def conditions(plan: Plan, choices: Mapping[str, Choice]) -> list[str]:
     if failed:
         listed = ", ".join(f"{name} {count}" for name, count in failed.items())
         told.append(f"Tuning runs that failed or diverged were left out of the choice: {listed}.")
-    unsettled = [one.name for one in plan.contenders if one.name not in choices]
-    if unsettled:
-        told.append(f"Nothing could be chosen for: {', '.join(unsettled)}.")
     return told
 
 
@@ -118,47 +147,91 @@ def write_outcome(folder: Path, found: Mapping[str, Any]) -> None:
     write_text(folder / TABLE, _csv(found))
 
 
-def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, the best first; with one seed there are no spreads and no tests."""
+def _others(one: Contender, common: Any) -> list[str]:
+    """What else than the method a further contender does in its own way."""
+    own = ("method", "option", "gradients")
+    if type(one.config) is not type(common):
+        return []
+    return [
+        f"{field.name} {getattr(one.config, field.name)}"
+        for field in fields(common)
+        if field.name not in own and getattr(one.config, field.name) != getattr(common, field.name)
+    ]
+
+
+def tables(found: Mapping[str, Any], width: int) -> list[tuple[list[str], list[list[str]]]]:
+    """What came out as headers and rows, the best contender first, in as many tables as such a width needs.
+
+    The first says how the contenders compare and what was chosen for them, the others the tasks' main metrics.
+    """
+    comparison = found["comparison"] or {"methods": {}, "reference": None, "score": "", "columns": {}}
+    said = comparison["methods"]
+    order = sorted(
+        found["contenders"],
+        key=lambda entry: (
+            entry["kind"] == "single",
+            said[entry["name"]]["score"]["mean"] if entry["name"] in said else float("inf"),
+        ),
+    )
+    score = "Δm %" if comparison["score"] == "delta_m" else "change %"
+    header = ["contender", score, "rank", "verdict", "p", "lr", "options"]
+    rows = []
+    for entry in order:
+        choice, this = entry["choice"], said.get(entry["name"])
+        row = [entry["name"], "", "", "", ""]
+        if this is not None:
+            best = comparison["best"]["stars"] if entry["name"] == comparison["best"]["best"] else ""
+            row[1:] = [_plus_minus(this["score"], 1.0, ".2f") + best, f"{this['mean_rank']:.2f}"]
+            row += _against(this)
+        row += ["nothing", "chosen"] if choice is None else [f"{choice['learning_rate']:g}", _shown(choice)]
+        rows.append(row)
     metrics = found["main_metric"]
-    comparison = found["comparison"]
-    header = ["contender", "learning rate", "options"]
-    header += [f"{task} {metric['name']}" for task, metric in metrics.items()]
-    header += ["Δm %" if comparison and comparison["score"] == "delta_m" else "change %", "mean rank"]
-    reference = comparison["reference"] if comparison else None
-    header += [f"against {reference}"] if reference else []
-    rows: list[tuple[float, list[str]]] = []
-    for entry in found["contenders"]:
-        choice = entry["choice"]
-        row = [
-            entry["name"],
-            *(["-", "-"] if choice is None else [f"{choice['learning_rate']:g}", _shown(choice)]),
+    columns: list[list[str]] = []
+    for task, metric in metrics.items():
+        marked = comparison["columns"].get(task, {"best": None, "stars": ""})
+        cells = [
+            _spread(entry["test"].get(task), metric["percent"])
+            + (marked["stars"] if entry["name"] == marked["best"] else "")
+            for entry in order
         ]
-        for task, metric in metrics.items():
-            row.append(_spread(entry["test"].get(task), metric["percent"]))
-        said = (comparison or {"methods": {}})["methods"].get(entry["name"])
-        if said is None:
-            rows.append((float("inf"), [*row, "", "", *([""] if reference else [])]))
-            continue
-        score = said["score"]
-        spread = "" if score["deviation"] is None else f" ± {score['deviation']:.2f}"
-        row += [f"{score['mean']:.2f}{spread}", f"{said['mean_rank']:.2f}"]
-        if reference:
-            row.append(_against(said))
-        rows.append((said["score"]["mean"], row))
-    return header, [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+        unit = " %" if metric["percent"] else ""
+        arrow = "↑" if metric["higher_is_better"] else "↓"
+        columns.append([f"{task} {metric['name']}{unit} {arrow}", *cells])
+    names = [header[0], *(entry["name"] for entry in order)]
+    return [(header, rows), *_side_by_side(names, columns, width)]
+
+
+def _side_by_side(
+    names: Sequence[str], columns: Sequence[Sequence[str]], width: int
+) -> list[tuple[list[str], list[list[str]]]]:
+    """Columns beside the names, as many in each table as fit into the width."""
+    found: list[list[Sequence[str]]] = []
+    room = 0
+    for column in columns:
+        needed = max(map(len, column)) + 2
+        if not found or needed > room:
+            found.append([])
+            room = width - max(map(len, names)) - 2
+        found[-1].append(column)
+        room -= needed
+    tables = []
+    for group in found:
+        lines = [list(line) for line in zip(names, *group, strict=True)]
+        tables.append((lines[0], lines[1:]))
+    return tables
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'s'[: number != 1]}"
 
 
-def _against(said: Mapping[str, Any]) -> str:
+def _against(said: Mapping[str, Any]) -> list[str]:
+    """Verdict and p value."""
     against = said["against_reference"]
     if against is None:
-        return "the reference"
+        return ["reference" if said["verdict"] is None else "", ""]
     adjusted = against["adjusted"]
-    return f"{said['verdict']} (p {adjusted:.2g})" if adjusted is not None else str(said["verdict"])
+    return [str(said["verdict"]), "" if adjusted is None else f"{adjusted:.2g}"]
 
 
 def _shown(choice: Mapping[str, Any]) -> str:
@@ -168,22 +241,25 @@ def _shown(choice: Mapping[str, Any]) -> str:
 def _spread(found: Mapping[str, Any] | None, percent: bool) -> str:
     """Mean ± deviation; what is in percent has two decimals, everything else four digits."""
     if found is None:
-        return "-"
-    factor, form = (100.0, ".2f") if percent else (1.0, ".4g")
+        return ""
+    return _plus_minus(found, 100.0, ".2f") if percent else _plus_minus(found, 1.0, ".4g")
+
+
+def _plus_minus(found: Mapping[str, Any], factor: float, form: str) -> str:
     mean = f"{found['mean'] * factor:{form}}"
-    return mean if found["deviation"] is None else f"{mean} ± {found['deviation'] * factor:.2g}"
+    if found["deviation"] is None:
+        return mean
+    return f"{mean} ± {found['deviation'] * factor:{'.2g' if form.endswith('g') else form}}"
 
 
 def _contender(
     plan: Plan,
     one: Contender,
     choice: Choice | None,
-    finals: Mapping[str, Sequence[Planned]],
+    runs: Sequence[Planned],
+    singles: Sequence[Planned],
     results: Mapping[str, Outcome],
 ) -> dict[str, Any]:
-    from detente.statistics import spread
-
-    runs = finals.get(one.name, ())
     values = _values(plan, runs, results)
     tasks = list(next(iter(values.values()))) if values else []
     test = {}
@@ -209,7 +285,45 @@ def _contender(
         "runs": [planned.name for planned in runs],
         "test": test,
         "seeds": {str(seed): row for seed, row in values.items()},
+        "all_metrics": _all_metrics(runs, results),
+        "delta_m": None if one.kind == "single" else _delta_m(plan, runs, singles, results),
     }
+
+
+def _all_metrics(
+    runs: Sequence[Planned], results: Mapping[str, Outcome]
+) -> dict[str, dict[str, float | None]]:
+    """Task to metric to its mean on test data; None where a run has no finite value."""
+    given = [found["metrics"] for run in runs if isinstance(found := results.get(run.name), Mapping)]
+    values: dict[str, dict[str, list[float | None]]] = {}
+    for metrics in given:
+        for task, row in metrics.items():
+            for name, value in row.items():
+                values.setdefault(task, {}).setdefault(name, []).append(value)
+    return {
+        task: {
+            name: None if None in listed else float(np.mean(np.array(listed, dtype=float)))
+            for name, listed in row.items()
+        }
+        for task, row in values.items()
+    }
+
+
+def _delta_m(
+    plan: Plan, runs: Sequence[Planned], singles: Sequence[Planned], results: Mapping[str, Outcome]
+) -> dict[str, float] | None:
+    """Δm of the mean metrics over all metrics, averaged by task and by metric; None where it means nothing."""
+    directions: dict[str, dict[str, bool]] = {}
+    for metric in plan.metrics:
+        directions.setdefault(metric.task, {})[metric.name] = metric.higher_is_better
+    mine, base = _all_metrics(runs, results), _all_metrics(singles, results)
+    try:
+        return {
+            "per_task": delta_m(mine, base, directions, per="task"),  # type: ignore[arg-type]  # refuses None
+            "per_metric": delta_m(mine, base, directions, per="metric"),  # type: ignore[arg-type]
+        }
+    except ValueError:
+        return None
 
 
 def _values(
@@ -221,7 +335,7 @@ def _values(
         result = results.get(planned.name)
         if not isinstance(result, Mapping) or not result["metrics"]:
             continue
-        row = {task: values[plan.main[task].name] for task, values in result["metrics"].items()}
+        row = {task: values.get(plan.main[task].name) for task, values in result["metrics"].items()}
         if all(value is not None for value in row.values()):
             found[planned.config.seed] = row
     return found
@@ -230,41 +344,41 @@ def _values(
 def _comparison(
     plan: Plan,
     tested: Mapping[str, Mapping[int, Mapping[str, float]]],
-    finals: Mapping[str, Sequence[Planned]],
+    singles: Sequence[Planned],
     results: Mapping[str, Outcome],
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any] | None, str]:
+    """The tests, or why there are none."""
     if not tested:
-        return None
-    singles: dict[str, dict[int, float]] = {}
-    for one in plan.contenders:
-        if one.kind == "single":
-            for seed, row in _values(plan, finals.get(one.name, ()), results).items():
-                for task, value in row.items():
-                    singles.setdefault(task, {})[seed] = value
-    whole = set(singles) == set(plan.tasks)
-    return compare(
-        tested,
-        higher_is_better={task: metric.higher_is_better for task, metric in plan.main.items()},
-        reference=_reference(plan, tested),
-        baselines=singles if whole else None,
-        generator=np.random.default_rng(0),
-    ).to_dict()
+        return None, "no chosen configuration has been measured"
+    baselines: dict[str, dict[int, float]] = {}
+    for run in singles:
+        for seed, row in _values(plan, [run], results).items():
+            for task, value in row.items():
+                baselines.setdefault(task, {})[seed] = value
+    try:
+        return compare(
+            tested,
+            higher_is_better={task: metric.higher_is_better for task, metric in plan.main.items()},
+            reference=_reference(plan, tested),
+            baselines=baselines if set(baselines) == set(plan.tasks) else None,
+            generator=np.random.default_rng(0),
+        ).to_dict(), ""
+    except ValueError as error:  # what a relative change is taken from is not above zero
+        return None, str(error)
 
 
 def _reference(plan: Plan, tested: Mapping[str, Any]) -> str | None:
     """Whom everyone is held against: the tuned scalarisation, or fixed weights where it was not asked for."""
-    fixed = [
-        one.name
-        for one in plan.contenders
-        if one.name in tested
-        and (
-            one.kind == "scalarisation"
-            or (one.kind == "method" and not describe(create(one.config.method)).needs)
-        )
-        and one.config.optimizer not in ("mao", "mtadam")
-    ]
-    tuned = [one.name for one in plan.contenders if one.kind == "scalarisation" and one.name in tested]
-    return next(iter([*tuned, *fixed]), None)
+    fixed = [one.name for one in plan.contenders if one.kind == "method" and _has_fixed_weights(one)]
+    tuned = [one.name for one in plan.contenders if one.kind == "scalarisation"]
+    return next((name for name in (*tuned, *fixed) if name in tested), None)
+
+
+def _has_fixed_weights(one: Contender) -> bool:
+    info = describe(create(one.config.method))
+    # Such an optimizer rescales the tasks itself.
+    alters = one.config.optimizer in ("mao", "mtadam")
+    return not (info.needs or info.stateful or alters)
 
 
 def _front(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from detente.metrics import delta_m
 from detente.records import Metric
 from detente.statistics.ranks import mean_ranks
-from detente.sweeps.asked import Failure, SweepConfig
+from detente.sweeps.asked import Failure, Rule, SweepConfig
 from detente.sweeps.contenders import Contender, Point, beyond, configured, lattice, points, weighted
 from detente.training.config import TrainingConfig
 
@@ -22,7 +22,7 @@ Result = Mapping[str, Any]
 Purpose = Literal["tune", "final", "front"]
 
 # Changes no number of a run.
-_VOLATILE = ("test", "data_dir", "checkpoint_seconds")
+VOLATILE = ("test", "data_dir", "checkpoint_seconds")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Planned:
     """One run.
 
     Attributes:
-        name: of its folder; it depends on the configuration alone, so that equal runs are one.
+        name: of its folder; it depends on contender and configuration alone, so that equal runs are one.
         contender: whose.
         purpose: ``tune`` (validation data only), ``final`` or ``front`` (measured on test data too).
         config: all of it.
@@ -66,13 +66,27 @@ class Choice:
 class Plan:
     """Everything a sweep may run.
 
+    Its answers depend on what it was made from and on the results it is given, and on nothing else; what it remembers
+    is only there so that it need not compute everything anew after each of many thousand runs.
+
     Args:
         asked: the sweep.
         contenders: who is compared.
         lrs: learning rates.
         experiment: its name, a part of what tells runs apart.
         tasks: of the problem.
+        metrics: all of them; each task's main one is given by name.
+        main: task to the name of the metric it is judged by.
+        marks: name of a user's own file to a mark of its content: another content is another run.
+
+    Attributes:
         main: each task's main metric.
+        points: name of a contender to its first tuning runs.
+        problem: what the problem says of its data and network.
+        rule: how configurations are chosen. Without single tasks there is no Δm.
+
+    Raises:
+        ValueError: fewer tuning runs than learning rates.
     """
 
     def __init__(
@@ -82,24 +96,39 @@ class Plan:
         lrs: Sequence[float],
         experiment: str,
         tasks: Sequence[str],
-        main: Mapping[str, Metric],
+        metrics: Sequence[Metric],
+        main: Mapping[str, str],
+        marks: Mapping[str, str] | None = None,
     ) -> None:
         self.asked, self.contenders, self.experiment = asked, tuple(contenders), experiment
-        self.tasks, self.main = tuple(tasks), dict(main)
+        self.tasks, self.metrics, self.marks = tuple(tasks), tuple(metrics), dict(marks or {})
+        self.main = {metric.task: metric for metric in metrics if main[metric.task] == metric.name}
+        self.problem: Mapping[str, Any] = {}
+        self.lrs = tuple(sorted(lrs))
+        # The single tasks come first: the others' Δm needs them.
+        self._ordered = sorted(self.contenders, key=lambda one: one.kind != "single")
+        compares = any(one.kind == "single" for one in self.contenders)
+        self.rule: Rule = asked.choose or ("delta-m" if compares else "mean")
         # The draws of one contender do not depend on who else takes part.
         self.points = {
-            one.name: points(one, lrs, asked.trials, np.random.default_rng(_digest(one.name)))
+            one.name: points(one, self.lrs, asked.trials, np.random.default_rng(_digest(one.name)))
             for one in contenders
         }
         self._planned: dict[tuple[str, Point, int, Purpose], Planned] = {}
+        self._first: dict[str, list[Planned]] = {}
+        self._bests: dict[tuple[str, int, str], tuple[list[Any], Choice | None]] = {}
+        self._after: dict[tuple[str, Point], list[Planned]] = {}
 
     def next(self, results: Mapping[str, Result | Failure]) -> list[Planned]:
         """The runs that can start now, without those that have a result or failed; none when all is done."""
+        return self.lacking(self.known(results), results)
+
+    def lacking(self, known: Sequence[Planned], results: Mapping[str, Result | Failure]) -> list[Planned]:
+        """Those of some runs that have not ended, and those that must still be measured on test data."""
         wanted: dict[str, Planned] = {}
-        for planned in self.known(results):
+        for planned in known:
             found = results.get(planned.name)
-            lacks_test = planned.purpose != "tune" and isinstance(found, Mapping) and not found["metrics"]
-            if found is None or lacks_test:
+            if found is None or (planned.purpose != "tune" and _lacks_test(found)):
                 wanted.setdefault(planned.name, planned)
         return list(wanted.values())
 
@@ -107,18 +136,41 @@ class Plan:
         """How many runs there are without those beyond the edges of the grids."""
         tuning = sum(len(found) for found in self.points.values())
         # The first seed of what is chosen was trained in tuning, if tuning lasts as long.
-        more = self.asked.seeds - (self.asked.tune_epochs is None)
+        shared = self.asked.tune_epochs is None or all(
+            self.asked.tune_epochs == one.config.epochs for one in self.contenders
+        )
+        more = self.asked.seeds - shared
         front = len(lattice(len(self.tasks), self.asked.front)) * self.asked.seeds if self.asked.front else 0
         return tuning + more * len(self.contenders) + front
 
     def choices(self, results: Mapping[str, Result | Failure]) -> dict[str, Choice]:
         """What was chosen for every contender whose tuning has ended."""
         settled: dict[str, Choice] = {}
-        for contender in sorted(self.contenders, key=lambda one: one.kind != "single"):
-            _, choice = self._tuning(contender, results, self._baselines(settled, results))
+        for contender in self._ordered:
+            _, choice = self._tuning(contender, results, self._baselines(contender, settled, results))
             if choice is not None:
                 settled[contender.name] = choice
         return settled
+
+    def hindered(self, results: Mapping[str, Result | Failure]) -> dict[str, str]:
+        """For every contender of which nothing can be chosen although its tuning has ended: why."""
+        choices = self.choices(results)
+        reasons: dict[str, str] = {}
+        for contender in self._ordered:
+            runs = self._begun(contender)
+            if contender.name in choices or any(planned.name not in results for planned in runs):
+                continue
+            if not any(self._is_finite(results[planned.name]) for planned in runs):
+                reasons[contender.name] = "all its tuning runs failed or diverged"
+            else:
+                missing = [one.name for one in self._ordered if one.kind == "single" and one.name in reasons]
+                reasons[contender.name] = (
+                    f"Δm needs {', '.join(missing)}"
+                    if missing
+                    else "a single task has a main metric that is not above zero, to which Δm could be relative; use "
+                    "--choose rank or mean"
+                )
+        return reasons
 
     def finals(self, contender: Contender, choice: Choice) -> list[Planned]:
         """The runs of a chosen configuration, one for each seed."""
@@ -146,25 +198,41 @@ class Plan:
         if purpose == "tune" and self.asked.tune_epochs is not None:
             others["epochs"] = self.asked.tune_epochs
         config = configured(contender, point, **others)
-        name = folder_name(self.experiment, contender.name, config)
+        name = folder_name(self.experiment, contender.name, config, self.marks)
         return self._planned.setdefault(key, Planned(name, contender, purpose, config))
 
     def known(self, results: Mapping[str, Result | Failure]) -> list[Planned]:
         """Every run that is known to be needed, whether it has ended or not; a run may be there for two purposes."""
         found: list[Planned] = []
         settled: dict[str, Choice] = {}
-        for contender in sorted(self.contenders, key=lambda one: one.kind != "single"):
-            runs, choice = self._tuning(contender, results, self._baselines(settled, results))
+        for contender in self._ordered:
+            baselines = self._baselines(contender, settled, results)
+            runs, choice = self._tuning(contender, results, baselines)
             found += runs
-            if choice is None:
-                continue
-            settled[contender.name] = choice
-            found += self.finals(contender, choice)
-            if contender.kind == "scalarisation":
-                found += [planned for _, runs in self.front(contender, choice) for planned in runs]
+            if choice is not None:
+                settled[contender.name] = choice
+                found += self._consequences(contender, choice)
         return found
 
+    def _consequences(self, contender: Contender, choice: Choice) -> list[Planned]:
+        """The runs that follow from a choice."""
+        key = (contender.name, choice.point)
+        if key not in self._after:
+            found = self.finals(contender, choice)
+            if contender.kind == "scalarisation":
+                found += [planned for _, runs in self.front(contender, choice) for planned in runs]
+            self._after[key] = found
+        return self._after[key]
+
     # ---- tuning
+
+    def _begun(self, contender: Contender) -> list[Planned]:
+        """The first tuning runs."""
+        if contender.name not in self._first:
+            self._first[contender.name] = [
+                self.planned(contender, point, 0, "tune") for point in self.points[contender.name]
+            ]
+        return self._first[contender.name]
 
     def _tuning(
         self,
@@ -173,15 +241,16 @@ class Plan:
         baselines: Mapping[str, float] | None,
     ) -> tuple[list[Planned], Choice | None]:
         """The tuning runs so far, and the choice if no more are needed."""
-        tried = list(self.points[contender.name])
-        runs = [self.planned(contender, point, 0, "tune") for point in tried]
-        if any(planned.name not in results for planned in runs):
-            return runs, None
+        first = self._begun(contender)
+        waits = self.rule == "delta-m" and contender.kind != "single" and baselines is None
+        if waits or any(planned.name not in results for planned in first):
+            return first, None
+        tried, runs = list(self.points[contender.name]), list(first)
         for further in range(self.asked.extend + 1):
-            best = self._best(contender, tried, runs, results, baselines)
+            best = self._remembered(contender, tried, runs, results, baselines)
             if best is None:
                 return runs, None
-            new = beyond(best.point, tried)
+            new = beyond(best.point, tried, self.lrs)
             if new is None or further == self.asked.extend:
                 return runs, best
             tried.append(new)
@@ -189,6 +258,25 @@ class Plan:
             if runs[-1].name not in results:
                 return runs, None
         raise AssertionError("the loop ends with a choice")
+
+    def _remembered(
+        self,
+        contender: Contender,
+        tried: Sequence[Point],
+        runs: Sequence[Planned],
+        results: Mapping[str, Result | Failure],
+        baselines: Mapping[str, float] | None,
+    ) -> Choice | None:
+        """What :meth:`_best` says, computed anew only where a result is another one than the last time."""
+        key = (contender.name, len(runs), repr(baselines))
+        given = [results[run.name] for run in runs]
+        if key in self._bests:
+            before, best = self._bests[key]
+            if all(one is other for one, other in zip(before, given, strict=True)):
+                return best
+        best = self._best(contender, tried, runs, results, baselines)
+        self._bests[key] = (given, best)
+        return best
 
     def _best(
         self,
@@ -201,13 +289,11 @@ class Plan:
         done = [
             (point, planned.name, found["validation"])
             for point, planned in zip(tried, runs, strict=True)
-            if isinstance(found := results[planned.name], Mapping) and self._is_finite(found["validation"])
+            if isinstance(found := results[planned.name], Mapping) and self._is_finite(found)
         ]
         if not done:
             return None
         scores = self.scores(contender, [validation for _, _, validation in done], baselines)
-        if scores is None:
-            return None
         place = min(range(len(done)), key=lambda place: (scores[place], place))
         point, name, _ = done[place]
         rates = {tried_point.learning_rate for tried_point in tried}
@@ -219,68 +305,86 @@ class Plan:
         contender: Contender,
         validations: Sequence[Mapping[str, Mapping[str, float]]],
         baselines: Mapping[str, float] | None,
-    ) -> list[float] | None:
-        """By the rule of the sweep, lower being better; None while the single tasks are not settled."""
+    ) -> list[float]:
+        """By the rule of the sweep, lower being better; Δm is relative to the baselines."""
         tasks = list(validations[0])
         values = [{task: found[task][self.main[task].name] for task in tasks} for found in validations]
         higher = {task: self.main[task].higher_is_better for task in tasks}
-        if contender.kind == "single" or self.asked.rule == "mean":
+        if contender.kind == "single" or self.rule == "mean":
             return [
                 -sum(value if higher[task] else -value for task, value in row.items()) / len(row)
                 for row in values
             ]
         directions = {task: {"main": flag} for task, flag in higher.items()}
         rows = [{task: {"main": value} for task, value in row.items()} for row in values]
-        if self.asked.rule == "rank":
+        if self.rule == "rank":
             ranks = mean_ranks({str(place): row for place, row in enumerate(rows)}, directions)
             return [ranks[str(place)] for place in range(len(rows))]
-        if baselines is None:
-            return None
+        assert baselines is not None, "nothing is chosen before they are there"
         reference = {task: {"main": value} for task, value in baselines.items()}
         return [delta_m(row, reference, directions) for row in rows]
 
-    def _is_finite(self, validation: Mapping[str, Mapping[str, float | None]]) -> bool:
-        """Whether every task has a main metric: a network that diverged has none."""
-        return all(values[self.main[task].name] is not None for task, values in validation.items())
+    def _is_finite(self, result: Result | Failure) -> bool:
+        """Whether every task has a main metric: a network that diverged has none, nor has a run that failed."""
+        return isinstance(result, Mapping) and all(
+            _is_number(values.get(self.main[task].name)) for task, values in result["validation"].items()
+        )
 
     def _baselines(
-        self, settled: Mapping[str, Choice], results: Mapping[str, Result | Failure]
+        self, contender: Contender, settled: Mapping[str, Choice], results: Mapping[str, Result | Failure]
     ) -> dict[str, float] | None:
-        """Each task's main metric on validation data when it is trained alone; None while one is missing."""
+        """Each task's main metric on validation data when trained alone; None unless all are there and above zero."""
+        if contender.kind == "single" or self.rule != "delta-m":
+            return None
         found = {}
-        for contender in self.contenders:
-            if contender.kind == "single":
-                choice = settled.get(contender.name)
-                if choice is None:
-                    return None
-                result = results[choice.name]
-                assert isinstance(result, Mapping)
-                (task,) = result["validation"]
-                found[task] = result["validation"][task][self.main[task].name]
-        return found if set(found) == set(self.tasks) else None
+        for one in self._ordered:
+            if one.kind != "single":
+                break
+            if one.name not in settled:
+                return None
+            result = results[settled[one.name].name]
+            assert isinstance(result, Mapping)
+            (task,) = result["validation"]
+            found[task] = result["validation"][task][self.main[task].name]
+        complete = set(found) == set(self.tasks) and all(value > 0 for value in found.values())
+        return found if complete else None
 
 
-def folder_name(experiment: str, contender: str, config: TrainingConfig) -> str:
+def _lacks_test(result: Result | Failure) -> bool:
+    return isinstance(result, Mapping) and not result["metrics"] and not result.get("untested")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def folder_name(
+    experiment: str, contender: str, config: TrainingConfig, marks: Mapping[str, str] | None = None
+) -> str:
     """What a person can read, and a mark of the whole configuration with the files it names.
 
     Example:
         >>> folder_name("toy", "mgda (exact)", TrainingConfig(method="mgda", seed=2)).rpartition("-")[0]
         'mgda-exact-lr0.01-seed2'
     """
-    kept = {
-        field.name: getattr(config, field.name) for field in fields(config) if field.name not in _VOLATILE
-    }
-    text = json.dumps([experiment, kept, _file_marks(experiment, config.method)], sort_keys=True, default=str)
+    kept = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in VOLATILE}
+    files = [mark for name in (experiment, config.method) if (mark := (marks or {}).get(file_of(name)))]
+    text = json.dumps([experiment, kept, files], sort_keys=True, default=str)
     readable = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in contender)
     slug = "-".join(part for part in readable.split("-") if part)[:60]
     mark = hashlib.sha256(text.encode()).hexdigest()[:10]
     return f"{slug}-lr{config.learning_rate:g}-seed{config.seed}-{mark}"
 
 
-def _file_marks(*names: str) -> list[str]:
-    """What is in the files of a user's own problem and method: another content is another run."""
-    paths = [Path(name.rpartition(":")[0]) for name in names if name.rpartition(":")[0].endswith(".py")]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+def file_of(name: str) -> str:
+    """The file that holds a user's own problem or method; empty for what comes with détente.
+
+    Example:
+        >>> file_of("examples/mine.py:Mine"), file_of("mgda")
+        ('examples/mine.py', '')
+    """
+    path = name.rpartition(":")[0]
+    return path if path.endswith(".py") else ""
 
 
 def _digest(text: str) -> int:

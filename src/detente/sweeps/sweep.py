@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,76 +13,95 @@ from typing import Any
 
 from detente.experiments.registry import Experiment
 from detente.methods import create
-from detente.records import RecordError, read_run
-from detente.records.atomic import plain, write_json
+from detente.records import RecordError, differences, read_run
+from detente.records.atomic import plain, remove_unfinished, write_json
 from detente.records.lock import locked
 from detente.sweeps.asked import Failure, SweepConfig
-from detente.sweeps.contenders import BadSweep, Contender, configured, contenders
+from detente.sweeps.contenders import BadSweep, Contender, Point, configured, contenders, decided
 from detente.sweeps.outcome import outcome, write_outcome
-from detente.sweeps.plan import Plan, Planned
+from detente.sweeps.plan import VOLATILE, Plan, Planned, file_of
 from detente.sweeps.watch import State, watched
 from detente.sweeps.workers import InProcess, Job, OnRay, Outcome, Workers
 from detente.training.config import TrainingConfig
 
+SCHEMA = 1
 PLAN = "sweep.json"
 RUNS = "runs"
 # What may differ between the command that began a sweep and one that goes on with it.
 _MAY_CHANGE = ("workers", "address", "retries")
-# What the sweep itself decides.
-_DECIDED = ("method", "option", "learning_rate", "seed", "test")
 
 
 class AnotherSweep(ValueError):
     """The folder holds a sweep under other conditions."""
 
 
+class SweepStopped(RuntimeError):
+    """No run can go on, such as with a full disk."""
+
+
 def plan_of(
-    experiment: Experiment, asked: SweepConfig, parse: Callable[[Sequence[str]], TrainingConfig]
+    experiment: Experiment,
+    asked: SweepConfig,
+    parse: Callable[[Sequence[str]], TrainingConfig],
+    flags: Sequence[str] = (),
 ) -> Plan:
     """Everything that may have to run; whatever is wrong with it is found here.
 
     Args:
         experiment: what is learned; its data are read.
         asked: the sweep.
-        parse: from flags of `detente run` to a configuration.
+        parse: from flags of `detente run` to a configuration; ValueError where it does not understand them.
+        flags: that hold for every run.
 
     Raises:
         BadSweep: unknown methods, options, spaces or grids, or conditions that do not go together; all are listed.
+        OSError: the data cannot be read.
     """
 
-    def parsed(flags: Sequence[str]) -> TrainingConfig:
-        config = parse(flags)
+    def parsed(further: Sequence[str]) -> TrainingConfig:
+        config = parse((*flags, *further))
         # One thread for each run, so that its numbers do not depend on what runs beside it.
         return replace(config, threads=1) if config.threads is None else config
 
-    base = parsed(())
-    set_here = [name for name in _DECIDED if getattr(base, name) != getattr(type(base)(), name)]
-    if set_here:
-        raise BadSweep(
-            [
-                f"--{name.replace('_', '-')} is decided by the sweep: use --methods, --grid, --lrs, --seeds."
-                for name in set_here
-            ]
-        )
-    problem = experiment.build(base)
-    found = contenders(asked, parsed, problem.tasks, experiment.alone)
-    main = {
-        metric.task: metric for metric in problem.metrics if problem.main_metric[metric.task] == metric.name
-    }
+    mistakes = [
+        f"{flag} is decided by the sweep: use --methods, --also, --grid, --lrs, --seeds."
+        for flag in decided(flags)
+    ]
+    mistakes += asked.mistakes()
     try:
-        plan = Plan(
-            asked, found, asked.lrs or experiment.learning_rates, experiment.name, problem.tasks, main
-        )
-    except ValueError as error:
-        raise BadSweep([str(error)]) from error
-    mistakes = dict.fromkeys(
-        told
+        problem = experiment.build(parsed(()))
+    except (ValueError, TypeError) as error:
+        raise BadSweep([*mistakes, str(error)]) from error
+    tasks = tuple(problem.tasks)
+    losses = tuple(getattr(problem, "loss_names", tasks))
+    found, wrong = contenders(asked, parsed, tasks, experiment.alone, losses)
+    mistakes += wrong
+    mistakes += [
+        f"{one.name} trains {alone} alone, the others do not."
         for one in found
-        for point in plan.points[one.name]
-        for told in _mistakes(one, point, problem.tasks)
-    )
-    if mistakes:
-        raise BadSweep(list(mistakes))
+        if one.kind == "method" and (alone := experiment.task_of(one.config)) is not None and len(tasks) > 1
+    ]
+    if asked.choose == "delta-m" and asked.singles and len(tasks) == 1:
+        mistakes.append("--choose delta-m compares several tasks with single ones; there is one task only.")
+    lrs = asked.lrs or tuple(experiment.learning_rates)
+    paths = {path for one in found for path in (file_of(experiment.name), file_of(one.config.method)) if path}
+    marks = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(paths)}
+    plan = None
+    if asked.trials >= len(lrs) > 0 and not asked.mistakes():
+        plan = Plan(asked, found, lrs, experiment.name, tasks, problem.metrics, problem.main_metric, marks)
+        for one in found:
+            names = losses if one.kind != "single" else None
+            mistakes += _refused(one, plan.points[one.name], names, tasks)
+    elif asked.trials < len(lrs):
+        mistakes.append(
+            f"--trials is {asked.trials}, and there are {len(lrs)} learning rates: each is tried at least once."
+        )
+    if mistakes or plan is None:
+        raise BadSweep(list(dict.fromkeys(mistakes)))
+    describe = getattr(
+        problem, "describe", dict
+    )  # a protocol with a trainer of its own may have nothing to say
+    plan.problem = plain(describe())
     return plan
 
 
@@ -108,21 +128,26 @@ def sweep(
     Raises:
         AnotherSweep: the folder holds a sweep under other conditions.
         FolderInUse: another process carries out a sweep there.
-        UnwritableFolder: the folder cannot be written.
+        SweepStopped: no run can go on; the same call will, once the reason is gone.
+        RecordError: the record of the sweep itself cannot be read.
+        OSError: the folder cannot be written.
     """
+    folder = folder.resolve()
     with ExitStack() as held:
         held.enter_context(locked(folder))
+        remove_unfinished(folder)
         _same_conditions(folder, plan, command)
         (folder / RUNS).mkdir(exist_ok=True)
-        results = stored_results(folder)
-        workers: Workers = held.enter_context(closing(_workers(plan, folder)))
-        _carry_out(experiment, plan, folder, results, workers, quiet)
+        results = stored_results(folder, plan)
+        if plan.next(results):
+            workers: Workers = held.enter_context(closing(_workers(plan, folder)))
+            _carry_out(experiment, plan, folder, results, workers, quiet)
         found = outcome(plan, results, command)
         write_outcome(folder, found)
     return found
 
 
-def stored_results(folder: Path) -> dict[str, Outcome]:
+def stored_results(folder: Path, plan: Plan) -> dict[str, Outcome]:
     """The outcome of every run that ended, by the name of its folder; a record that cannot be read is a failure.
 
     Nothing is written or removed.
@@ -131,11 +156,10 @@ def stored_results(folder: Path) -> dict[str, Outcome]:
     for path in sorted((folder / RUNS).glob("*/result.json")):
         try:
             result = read_run(path.parent).result
-        except RecordError as error:
-            found[path.parent.name] = Failure(f"its record cannot be read: {error}")
-            continue
-        if result is not None:
-            found[path.parent.name] = _kept(result)
+            if result is not None:
+                found[path.parent.name] = kept(result, plan)
+        except (RecordError, OSError) as error:
+            found[path.parent.name] = Failure(f"its record cannot be used: {error}")
     return found
 
 
@@ -149,15 +173,15 @@ def _carry_out(
 ) -> None:
     """Until no run is wanted any more."""
     running: dict[str, Planned] = {}
-    files = _files(experiment, plan)
+    contents = {path: Path(path).read_bytes() for path in plan.marks}
+    known = plan.known(results)
+    wanted = plan.lacking(known, results)
     state = State(plan.size(), plan.asked.workers)
-    wanted = plan.next(results)
-    state.total = max(state.total, len(wanted))
-    _count(state, plan, results)
+    state.see(plan, known, results)
     with watched(state, [one.name for one in plan.contenders], enabled=not quiet) as show:
         while wanted or running:
             for planned in wanted[: workers.free]:
-                workers.start(_job(experiment, planned, folder, files))
+                workers.start(_job(experiment, planned, folder, contents))
                 running[planned.name] = planned
                 state.running[planned.contender.name] += 1
             show()
@@ -165,56 +189,73 @@ def _carry_out(
             for name, found in ended:
                 planned = running.pop(name)
                 state.running[planned.contender.name] -= 1
-                before = results.get(name)
-                results[name] = found if isinstance(found, Failure) else _kept(found)
-                if isinstance(found, Mapping) and before is None:
-                    state.seconds.append(found["seconds"])
+                if isinstance(found, Failure) and found.everywhere:
+                    raise SweepStopped(
+                        f"the sweep stopped at {folder / RUNS / name}: {found.reason} Finished runs are kept, and the "
+                        "same command goes on."
+                    )
+                results[name] = _merged(results.get(name), found, plan)
             if ended:
-                _count(state, plan, results)
+                known = plan.known(results)
+                wanted = plan.lacking(known, results)
+                state.see(plan, known, results)
                 show()
-                wanted = plan.next(results)
             wanted = [planned for planned in wanted if planned.name not in running]
 
 
-def _count(state: State, plan: Plan, results: Mapping[str, Outcome]) -> None:
-    """How far each contender is."""
-    state.done.clear()
-    state.failed.clear()
-    for planned in plan.known(results):
-        found = results.get(planned.name)
-        if isinstance(found, Failure):
-            state.failed[planned.contender.name] += 1
-        elif found is not None:
-            state.done[planned.contender.name] += 1
-    state.total = max(state.total, state.ended + state.running.total())
+def _merged(before: Outcome | None, found: Outcome, plan: Plan) -> Outcome:
+    """What is known of a run after it ended once more."""
+    if isinstance(found, Failure):
+        # What a run showed in tuning does not go away because it could not be measured on test data.
+        return {**before, "untested": found.reason} if isinstance(before, Mapping) else found
+    try:
+        return kept(plain(found), plan)
+    except RecordError as error:
+        return Failure(str(error))
 
 
-def _kept(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What plan and outcome need of a result."""
-    names = ("validation", "metrics", "seconds", "seconds_per_step", "peak_memory_bytes", "selected_epochs")
-    return {name: result.get(name) for name in names} | {"metrics": result.get("metrics") or {}}
+def kept(result: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """What plan and outcome need of a result, the same whether it was just made or read.
+
+    Raises:
+        RecordError: it has no validation metrics by which it could be chosen.
+    """
+    validation = result.get("validation")
+    if not validation or any(
+        plan.main[task].name not in values if task in plan.main else True
+        for task, values in validation.items()
+    ):
+        raise RecordError(
+            "the result has no main metrics of these tasks on validation data, as those of earlier versions; move the "
+            "folder away to run it again."
+        )
+    return {
+        "validation": validation,
+        "metrics": result.get("metrics") or {},
+        "seconds": result.get("seconds") or 0.0,
+    }
 
 
 def _workers(plan: Plan, folder: Path) -> Workers:
     asked = plan.asked
     if asked.workers == 1 and asked.address is None:
         return InProcess()
-    threads = max((one.config.threads or 1) * one.config.devices for one in plan.contenders)
+    threads = max(one.config.threads or 1 for one in plan.contenders)
     return OnRay(asked.workers, threads, asked.address, asked.retries, folder)
 
 
-def _job(experiment: Experiment, planned: Planned, folder: Path, files: Mapping[str, bytes]) -> Job:
-    place = folder.resolve() / RUNS / planned.name
-    label = planned.contender.name
-    flags = flags_of(planned.config)
+def _job(experiment: Experiment, planned: Planned, folder: Path, contents: Mapping[str, bytes]) -> Job:
+    place = folder / RUNS / planned.name
+    command = ["detente", "run", experiment.name, *flags_of(planned.config), "--out", str(place)]
     return Job(
-        planned.name,
-        place,
-        experiment.name,
-        planned.config,
-        label,
-        shlex.join(["detente", "run", experiment.name, *flags, "--out", str(place)]),
-        files,
+        name=planned.name,
+        folder=place,
+        experiment=experiment.name,
+        config=planned.config,
+        label=planned.contender.name,
+        command=shlex.join(command),
+        files=contents,
+        place=Path.cwd(),
     )
 
 
@@ -241,12 +282,16 @@ def flags_of(config: TrainingConfig) -> list[str]:
     return found
 
 
-def _mistakes(contender: Contender, point: Any, tasks: Sequence[str]) -> list[str]:
-    """What the method or the configuration of a run refuses."""
+def _refused(
+    contender: Contender, points: Sequence[Point], names: Sequence[str] | None, tasks: Sequence[str]
+) -> list[str]:
+    """What the method or the configuration of a contender's runs refuses."""
     try:
-        config = configured(contender, point)
-        names = tasks if contender.kind != "single" else None
-        create(config.method, tasks=names, **config.method_options())
+        if contender.kind != "single":
+            contender.config.baselines(tasks)
+        for point in {point.options: point for point in points}.values():
+            config = configured(contender, point)
+            create(config.method, tasks=names, **config.method_options())
     except (ValueError, TypeError) as error:
         return [f"{contender.name}: {error}"]
     return []
@@ -257,37 +302,47 @@ def _same_conditions(folder: Path, plan: Plan, command: str) -> None:
 
     Raises:
         AnotherSweep: it is not.
+        RecordError: it cannot be read.
     """
     conditions = plain(
         {
+            "schema": SCHEMA,
             "experiment": plan.experiment,
             "asked": {name: value for name, value in asdict(plan.asked).items() if name not in _MAY_CHANGE},
-            "contenders": {one.name: plain(asdict(one.config)) for one in plan.contenders},
+            "learning_rates": plan.lrs,
+            "contenders": {
+                one.name: {
+                    "config": {k: v for k, v in asdict(one.config).items() if k not in VOLATILE},
+                    "tuned": one.space,
+                }
+                for one in plan.contenders
+            },
+            "problem": plan.problem,
+            "files": plan.marks,
         }
     )
     path = folder / PLAN
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{key}: {value!r} there, {conditions['asked'].get(key)!r} here"
-            for key, value in there["asked"].items()
-            if value != conditions["asked"].get(key)
-        ]
-        if there["experiment"] != conditions["experiment"]:
-            differing.insert(0, f"experiment: {there['experiment']} there, {conditions['experiment']} here")
-        if not differing and there["contenders"] != conditions["contenders"]:
-            differing = ["options of the training, or the methods' own, were others"]
-        if differing:
-            raise AnotherSweep(
-                f"{folder} holds a sweep under other conditions ({'; '.join(differing)}). Its command was: "
-                f"{there['command']}. Repeat that, or choose another --out: finished runs there are kept."
-            )
+    if not path.exists():
+        write_json(path, {**conditions, "command": command})
         return
-    write_json(path, {**conditions, "command": command})
-
-
-def _files(experiment: Experiment, plan: Plan) -> dict[str, bytes]:
-    """The user's own files by name."""
-    names = {experiment.name, *(one.config.method for one in plan.contenders)}
-    paths = [Path(name.rpartition(":")[0]) for name in names if name.rpartition(":")[0].endswith(".py")]
-    return {str(path.resolve()): path.read_bytes() for path in paths}
+    try:
+        there = json.loads(path.read_bytes())
+        known = there["schema"] == SCHEMA and isinstance(there["command"], str)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); restore it, or move it away: finished runs are "
+            "kept."
+        ) from error
+    if not known:
+        raise RecordError(
+            f"{path} has schema {there['schema']!r}, and this version of detente reads {SCHEMA}: go on with the "
+            "version that wrote it, or choose another --out."
+        )
+    found = differences(there, conditions, ignore=("command",))
+    if found:
+        shown = [f"{key} is {one!r} there and {other!r} here" for key, one, other in found[:6]]
+        shown += [f"and {len(found) - 6} more"] if len(found) > 6 else []
+        raise AnotherSweep(
+            f"{folder} holds a sweep under other conditions: {'; '.join(shown)}. Its command was: {there['command']}. "
+            "Repeat that, or choose another --out."
+        )

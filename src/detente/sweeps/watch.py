@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from detente.sweeps.asked import Failure
+from detente.sweeps.plan import Plan, Planned
+from detente.sweeps.workers import Outcome
+
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -19,11 +23,10 @@ class State:
 
     Attributes:
         total: runs that are planned as far as is known.
-        done, failed, running: contender to number of runs.
-        best: contender to what is known of it so far.
-        seconds: of the runs that ended in this sweep.
         workers: runs at the same time.
-        stage: what is being done.
+        done, failed, running: contender to number of runs.
+        best: contender to what was chosen.
+        seconds: of every run that is done.
     """
 
     total: int
@@ -32,7 +35,23 @@ class State:
     failed: Counter[str] = field(default_factory=Counter)
     running: Counter[str] = field(default_factory=Counter)
     best: dict[str, str] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def see(self, plan: Plan, known: Sequence[Planned], results: Mapping[str, Outcome]) -> None:
+        """Count what there is."""
+        self.done.clear()
+        self.failed.clear()
+        for planned in {planned.name: planned for planned in known}.values():
+            found = results.get(planned.name)
+            if isinstance(found, Failure) or (found is not None and found.get("untested")):
+                self.failed[planned.contender.name] += 1
+            elif found is not None:
+                self.done[planned.contender.name] += 1
+                self.seconds[planned.name] = found["seconds"]
+        self.total = max(self.total, self.ended + self.running.total())
+        for name, choice in plan.choices(results).items():
+            point = choice.point
+            self.best[name] = ", ".join([f"learning rate {point.learning_rate:g}", *point.options])
 
     @property
     def ended(self) -> int:
@@ -45,7 +64,7 @@ class State:
         if not self.seconds:
             return None
         left = max(self.total - self.ended, 0)
-        return left * sum(self.seconds) / len(self.seconds) / self.workers
+        return left * sum(self.seconds.values()) / len(self.seconds) / self.workers
 
 
 Show = Callable[[], None]
@@ -104,7 +123,7 @@ def _table(state: State, contenders: Sequence[str]) -> Iterator[Show]:
     from rich.table import Table
 
     def drawn() -> Any:
-        table = Table("contender", "done", "running", "failed", "best so far, on validation data", box=None)
+        table = Table("contender", "done", "running", "failed", "chosen on validation data", box=None)
         table.caption = summary(state)
         for name in contenders:
             counts: Mapping[str, Counter[str]] = {
@@ -117,4 +136,5 @@ def _table(state: State, contenders: Sequence[str]) -> Iterator[Show]:
         return table
 
     with Live(drawn(), console=Console(stderr=True), refresh_per_second=2) as live:
+        # What runs print meanwhile appears above the table.
         yield lambda: live.update(drawn())

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from detente.records.atomic import write_bytes
+from detente.records.lock import FolderInUse
 from detente.sweeps.asked import Failure
 from detente.training.config import TrainingConfig
 
 Outcome = Mapping[str, Any] | Failure
+
+_SECONDS_FOR_AN_ORPHAN = 60.0
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_ANSWER = 10.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_LEAST_BYTES = 1 << 16
+_LONGEST_REASON = 600
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,7 @@ class Job:
         label: how tables call it.
         command: that repeats it alone.
         files: name to content of the user's own files, which a machine may not have.
+        place: the working directory that names of files are relative to.
     """
 
     name: str
@@ -35,6 +51,7 @@ class Job:
     label: str | None
     command: str
     files: Mapping[str, bytes]
+    place: Path
 
 
 class Workers(Protocol):
@@ -58,11 +75,37 @@ def carry_out(job: Job) -> Outcome:
     """Train, or go on, or measure what is finished; whatever a run raises is its outcome."""
     from detente.experiments import find
 
-    try:
-        experiment = find(job.experiment)
-        return experiment.run(job.config, job.folder, label=job.label, command=job.command, quiet=True)
-    except Exception as error:
-        return Failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    changed = [name for name, content in job.files.items() if Path(name).read_bytes() != content]
+    if changed:
+        return Failure(
+            f"{', '.join(changed)} changed since the sweep was started; put it back, or sweep anew."
+        )
+    give_up = time.monotonic() + _SECONDS_FOR_AN_ORPHAN
+    while True:
+        try:
+            experiment = find(job.experiment)
+            return experiment.run(job.config, job.folder, label=job.label, command=job.command, quiet=True)
+        except FolderInUse as error:
+            # A worker of a sweep that was killed may live on for some seconds.
+            if time.monotonic() > give_up:
+                return failure_of(error, job.folder)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except (Exception, SystemExit) as error:  # a training function may end in sys.exit
+            return failure_of(error, job.folder)
+
+
+def failure_of(error: BaseException, folder: Path) -> Failure:
+    """What a run raised, in one line; a full disk is everybody's failure."""
+    text = " ".join(str(error).split())
+    reason = f"{type(error).__name__}: {text[:_LONGEST_REASON]}"
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in _NO_ROOM:
+            return Failure(reason, everywhere=True)
+        chain = chain.__cause__ or chain.__context__
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    # Some libraries do not say why they could not write.
+    return Failure(reason, everywhere=shutil.disk_usage(place).free < _LEAST_BYTES)
 
 
 class InProcess:
@@ -101,7 +144,7 @@ class OnRay:
 
     Raises:
         ImportError: Ray is not installed.
-        RuntimeError: a machine of the cluster does not see the folder.
+        RuntimeError: there is no such cluster, or a machine of it does not see the folder.
     """
 
     def __init__(self, workers: int, threads: int, address: str | None, retries: int, folder: Path) -> None:
@@ -113,19 +156,21 @@ class OnRay:
             ) from error
         self._ray: Any = ray
         self._workers, self._retries = workers, retries
-        settings: dict[str, Any] = {
-            "log_to_driver": False,
-            "configure_logging": False,
-            "include_dashboard": False,
-        }
-        if address is None:
-            # What a worker of a local cluster may use is what this process may.
-            ray.init(num_cpus=max(workers * threads, 1), **settings)
-        else:
-            settings.pop("include_dashboard")
-            ray.init(address=address, **settings)
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": _search_path()}}
-        self._remote = self._ray.remote(num_cpus=threads, max_retries=0, runtime_env=environment)(
+        # Ray tells at length how it is doing; what matters is raised.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        try:
+            if address is not None:
+                _reach(address)
+            if address is None:
+                ray.init(num_cpus=workers * threads, include_dashboard=False, **settings)
+            else:
+                ray.init(address=address, **settings)
+        except (OSError, ValueError, RuntimeError) as error:
+            where = "a Ray cluster on this machine" if address is None else f"the Ray cluster at {address}"
+            raise RuntimeError(f"{where} cannot be used: {' '.join(str(error).split())}") from error
+        self._environment = {"env_vars": {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": _search_path()}}
+        self._remote = ray.remote(num_cpus=threads, max_retries=0, runtime_env=self._environment)(
             _carried_out
         )
         self._running: dict[Any, tuple[Job, int]] = {}
@@ -170,18 +215,19 @@ class OnRay:
         """See that every machine writes where this one reads."""
         import uuid
 
-        look: Callable[..., Any] = _mark
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         mark = folder / f".probe-{uuid.uuid4().hex}"
         mark.write_bytes(b"")
         try:
             for node in self._ray.nodes():
                 if not node["Alive"]:
                     continue
-                here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                    node["NodeID"], soft=False
+                here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                look = self._ray.remote(num_cpus=0, scheduling_strategy=here, runtime_env=self._environment)(
+                    _sees
                 )
-                seen = self._ray.remote(num_cpus=0, scheduling_strategy=here)(look)
-                if not self._ray.get(seen.remote(str(mark))):
+                if not self._ray.get(look.remote(str(mark))):
                     raise RuntimeError(
                         f"machine {node['NodeManagerHostname']} of the cluster does not see {folder}: give --out a "
                         "folder on storage that all machines share."
@@ -190,7 +236,15 @@ class OnRay:
             mark.unlink(missing_ok=True)
 
 
-def _mark(path: str) -> bool:
+def _reach(address: str) -> None:
+    """See that somebody listens there: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
+
+
+def _sees(path: str) -> bool:
+    """In a worker."""
     return os.path.exists(path)
 
 
@@ -204,11 +258,20 @@ def _search_path() -> str:
 
 def _carried_out(job: Job) -> Outcome:
     """In a worker: write the user's files where they are named, if they are not there, and go."""
+    if job.place.is_dir():
+        os.chdir(job.place)
+    elif job.files:
+        os.chdir(tempfile.mkdtemp(prefix="detente-"))
     for name, content in job.files.items():
         path = Path(name)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, content)
+            except OSError as error:
+                return Failure(
+                    f"{name} cannot be written on this machine ({error}); name it by a relative path."
+                )
         elif path.read_bytes() != content:
             return Failure(f"{name} on this machine differs from the one the sweep was started with.")
     return carry_out(job)
