@@ -11,7 +11,18 @@ Rule = Literal["delta-m", "mean", "rank"]
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Many runs of one experiment under equal conditions."""
+    """Many runs of one experiment under equal conditions.
+
+    Every contender is tuned with as many runs; what is chosen on validation data is trained with several seeds and
+    measured on test data.
+
+    Raises:
+        ValueError: a number is out of range, or the rule needs single tasks that are left out.
+
+    Example:
+        >>> SweepConfig(methods=("uniform", "mgda"), seeds=5).trials
+        12
+    """
 
     methods: tuple[str, ...] = ("uniform",)
     """Methods to compare, as NAME, NAME@SPACE (exact, features or layer) or path/to/file.py:ClassName; all stands for
