@@ -163,7 +163,8 @@ class OnRay:
             if address is not None:
                 _reach(address)
             if address is None:
-                ray.init(num_cpus=workers * threads, include_dashboard=False, **settings)
+                # "local", since without an address Ray would join whatever cluster this machine has.
+                ray.init(address="local", num_cpus=workers * threads, include_dashboard=False, **settings)
             else:
                 ray.init(address=address, **settings)
         except (OSError, ValueError, RuntimeError) as error:
