@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before numpy and torch start their pools: results must not depend on how many workers share the machine.
@@ -44,6 +44,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def repository() -> Path:
     """The project's top folder."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`call("run", "demo")` carries out a command in this process: its exit code, what it printed, what it told."""
+    from detente.cli import main
+
+    def carry_out(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, out, err
+
+    return carry_out
 
 
 @pytest.fixture

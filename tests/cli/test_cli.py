@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import detente
-from detente.cli import main
 from detente.experiments import experiments
 
 QUICK = ["--epochs", "1", "--max-steps", "2", "--batch-size", "64"]
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    code = stopped.value.code
-    assert isinstance(code, int)
-    return code, out, err
-
-
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call(capsys, "--help")
+def test_help_names_every_command(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call("--help")
     assert code == 0
     for command in ("demo", "run", "evaluate", "report", "methods", "experiments"):
         assert command in out
 
 
 @pytest.mark.parametrize("command", ["demo", "evaluate", "report", "methods", "experiments"])
-def test_every_command_has_help_and_json(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    code, out, _ = call(capsys, command, "--help")
+def test_every_command_has_help_and_json(call: Callable[..., tuple[int, str, str]], command: str) -> None:
+    code, out, _ = call(command, "--help")
     assert code == 0
     assert "--json" in out
 
 
-def test_the_pinned_flags_of_run_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call(capsys, "run", "multimnist", "--help")
+def test_the_pinned_flags_of_run_exist(call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call("run", "multimnist", "--help")
     assert code == 0
     for flag in (
         "--method",
@@ -53,8 +44,10 @@ def test_the_pinned_flags_of_run_exist(capsys: pytest.CaptureFixture[str]) -> No
         assert flag in out
 
 
-def test_methods_and_experiments_as_json_name_what_is_registered(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = call(capsys, "methods", "--json")
+def test_methods_and_experiments_as_json_name_what_is_registered(
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    _, out, _ = call("methods", "--json")
     found = json.loads(out)
     assert set(found) == set(detente.methods())
     assert found["mgda"]["options"]["solver"] == {
@@ -62,18 +55,18 @@ def test_methods_and_experiments_as_json_name_what_is_registered(capsys: pytest.
         "choices": ["exact", "frank-wolfe"],
         "search": [],
     }
-    _, out, _ = call(capsys, "experiments", "--json")
+    _, out, _ = call("experiments", "--json")
     assert set(json.loads(out)) == set(experiments())
 
 
-def test_lists_for_people_hold_every_name(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = call(capsys, "methods")
+def test_lists_for_people_hold_every_name(call: Callable[..., tuple[int, str, str]]) -> None:
+    _, out, _ = call("methods")
     for name in detente.methods():
         assert name in out
 
 
 def test_run_prints_one_json_object_and_evaluate_repeats_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     out_folder = str(tmp_path / "run")
     arguments = [
@@ -87,7 +80,7 @@ def test_run_prints_one_json_object_and_evaluate_repeats_it(
         out_folder,
         "--json",
     ]
-    code, out, _ = call(capsys, *arguments, *QUICK, "--option", "solver=frank-wolfe")
+    code, out, _ = call(*arguments, *QUICK, "--option", "solver=frank-wolfe")
     assert code == 0
     result = json.loads(out)
     assert (result["experiment"], result["method"], result["seed"], result["epochs"]) == (
@@ -99,22 +92,24 @@ def test_run_prints_one_json_object_and_evaluate_repeats_it(
     assert result["options"] == {"solver": "frank-wolfe"}
     assert set(result["metrics"]) == {"left", "right"}
     assert result["seconds"] > 0
-    code, out, _ = call(capsys, "evaluate", out_folder, "--json")
+    code, out, _ = call("evaluate", out_folder, "--json")
     assert code == 0
     again = json.loads(out)["metrics"]
     for task, values in result["metrics"].items():
         assert again[task] == pytest.approx(values, abs=1e-12)
 
 
-def test_a_single_task_run_learns_one_digit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_task_run_learns_one_digit(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
     code, out, _ = call(
-        capsys, "run", "multimnist", "--tasks", "left", "--out", str(tmp_path / "r"), "--json", *QUICK
+        "run", "multimnist", "--tasks", "left", "--out", str(tmp_path / "r"), "--json", *QUICK
     )
     assert code == 0
     assert set(json.loads(out)["metrics"]) == {"left"}
 
 
-def test_a_method_of_ones_own_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_method_of_ones_own_from_a_file(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     (tmp_path / "mine.py").write_text(
         '"""Mine."""\n'
         "import torch\nimport detente\n\n"
@@ -127,9 +122,7 @@ def test_a_method_of_ones_own_from_a_file(tmp_path: Path, capsys: pytest.Capture
         "        return detente.Combination(weights=weights)\n"
     )
     method = f"{tmp_path / 'mine.py'}:First"
-    code, *_ = call(
-        capsys, "run", "multimnist", "--method", method, "--out", str(tmp_path / "r"), "--json", *QUICK
-    )
+    code, *_ = call("run", "multimnist", "--method", method, "--out", str(tmp_path / "r"), "--json", *QUICK)
     assert code == 0
     step = json.loads((tmp_path / "r" / "steps.jsonl").read_text().splitlines()[0])
     assert step["weights"] == [1.0, 0.0]
@@ -151,12 +144,12 @@ def test_a_method_of_ones_own_from_a_file(tmp_path: Path, capsys: pytest.Capture
 def test_bad_usage_exits_with_2_and_says_what(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Callable[..., tuple[int, str, str]],
     arguments: list[str],
     told: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(capsys, *arguments)
+    code, out, err = call(*arguments)
     assert code == 2
     assert told in err
     assert out == ""
@@ -164,11 +157,11 @@ def test_bad_usage_exits_with_2_and_says_what(
 
 
 def test_another_configuration_in_the_folder_exits_with_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     arguments = ["run", "multimnist", "--out", str(tmp_path / "r"), *QUICK]
-    assert call(capsys, *arguments)[0] == 0
-    code, _, err = call(capsys, *arguments, "--learning-rate", "0.5")
+    assert call(*arguments)[0] == 0
+    code, _, err = call(*arguments, "--learning-rate", "0.5")
     assert code == 2
     assert "learning_rate" in err and str(tmp_path / "r") in err
 
@@ -183,10 +176,10 @@ def test_another_configuration_in_the_folder_exits_with_2(
     ],
 )
 def test_what_fails_exits_with_1_and_names_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], make, told: str
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]], make, told: str
 ) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "file").write_text("not a folder")
-    code, _, err = call(capsys, *make(tmp_path))
+    code, _, err = call(*make(tmp_path))
     assert code == 1
     assert told in err
     assert "Traceback" not in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from detente.cli import main
 from detente.cli.export import best_epoch
 from detente.experiments import find
 from detente.records import Run, read_run
@@ -22,26 +22,18 @@ TINY = f"{Path(__file__).resolve().parents[1] / 'sweeps' / 'tiny.py'}:Tiny"
 QUICK = ["--epochs", "4", "--batch-size", "16", "--learning-rate", "0.1"]
 
 
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, out, err
-
-
 @pytest.mark.parametrize("later", [False, True])
 def test_a_fresh_network_with_the_exported_weights_measures_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], later: bool
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]], later: bool
 ) -> None:
     file = tmp_path / "weights.safetensors"
     arguments = ["run", TINY, *QUICK, "--out", str(tmp_path / "run"), "--json"]
-    code, out, _ = call(capsys, *arguments, *([] if later else ["--export", str(file)]))
+    code, out, _ = call(*arguments, *([] if later else ["--export", str(file)]))
     assert code == 0
     metrics = json.loads(out)["metrics"]
     if later:
         assert not file.exists()
-        assert call(capsys, "evaluate", str(tmp_path / "run"), "--export", str(file))[0] == 0
+        assert call("evaluate", str(tmp_path / "run"), "--export", str(file))[0] == 0
     problem = find(TINY).build(find(TINY).config())
     network = problem.model()
     before = evaluate(problem, network, "test")
@@ -55,11 +47,11 @@ def test_a_fresh_network_with_the_exported_weights_measures_the_same(
 
 
 def test_of_several_selected_epochs_the_best_on_validation_data_is_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     file = tmp_path / "weights.safetensors"
     arguments = ["--selection", "last-k", "--selection-k", "3", "--out", str(tmp_path / "run")]
-    assert call(capsys, "run", TINY, *QUICK, *arguments, "--export", str(file))[0] == 0
+    assert call("run", TINY, *QUICK, *arguments, "--export", str(file))[0] == 0
     run = read_run(tmp_path / "run")
     goodness = {
         row["epoch"]: row["validation"]["sign"]["accuracy"] - row["validation"]["sum"]["error"]
@@ -95,13 +87,13 @@ def test_an_epoch_that_diverged_is_not_the_best(tmp_path: Path) -> None:
 def test_what_cannot_be_exported_is_told_before_training(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Callable[..., tuple[int, str, str]],
     experiment: str,
     file: str,
     told: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(capsys, "run", experiment, "--export", file)
+    code, _, err = call("run", experiment, "--export", file)
     assert code == 2
     assert told in err
     assert not list(tmp_path.iterdir())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from detente.cli import main
 from detente.experiments import UnknownExperiment, find
 from detente.records import Metric, read_run
 from detente.training.tensors import OneTask, TensorProblem
@@ -39,14 +39,6 @@ def forgets(method, config):
 def nothing(method, config):
     pass
 '''
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, out, err
 
 
 @pytest.fixture
@@ -173,13 +165,13 @@ def test_a_class_gets_the_configuration_only_if_it_asks_for_it(tmp_path: Path) -
 
 
 def test_a_run_of_a_function_is_recorded_and_depends_on_its_seed_alone(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     found = {}
     for name, seed in (("one", 1), ("two", 2), ("again", 1)):
         torch.rand(3)  # what ran before must not matter
         arguments = ["run", f"{file}:train", "--seed", str(seed), "--out", str(tmp_path / name), "--json"]
-        code, out, _ = call(capsys, *arguments, "--threads", "1")
+        code, out, _ = call(*arguments, "--threads", "1")
         assert code == 0
         found[name] = json.loads(out)["metrics"]["a"]["error"]
     assert found["one"] == found["again"] != found["two"]
@@ -190,13 +182,13 @@ def test_a_run_of_a_function_is_recorded_and_depends_on_its_seed_alone(
 
 
 def test_test_data_are_kept_back_until_they_are_asked_for(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     arguments = ["run", f"{file}:train", "--out", str(tmp_path / "run"), "--json"]
-    _, out, _ = call(capsys, *arguments, "--no-test")
+    _, out, _ = call(*arguments, "--no-test")
     assert json.loads(out)["metrics"] == {}
     times = (tmp_path / "run" / "withheld.json").stat().st_mtime_ns
-    _, out, _ = call(capsys, *arguments)
+    _, out, _ = call(*arguments)
     assert json.loads(out)["metrics"]["b"]["error"] > 0
     assert (tmp_path / "run" / "withheld.json").stat().st_mtime_ns == times, "it is not trained again"
 
@@ -206,27 +198,29 @@ def test_test_data_are_kept_back_until_they_are_asked_for(
     [("forgets", "returned no 'error' of task 'a' for test data"), ("nothing", "returned NoneType")],
 )
 def test_what_a_function_must_return_is_told(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, told: str
+    file: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]], name: str, told: str
 ) -> None:
-    code, _, err = call(capsys, "run", f"{file}:{name}", "--out", str(tmp_path / "run"))
+    code, _, err = call("run", f"{file}:{name}", "--out", str(tmp_path / "run"))
     assert code == 1
     assert told in err and "return {'validation'" in err
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_one_task_of_a_function(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_task_of_a_function(
+    file: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
     arguments = ["run", f"{file}:train", "--out", str(tmp_path / "run"), "--json", "--task"]
-    _, out, _ = call(capsys, *arguments, "b")
+    _, out, _ = call(*arguments, "b")
     assert set(json.loads(out)["metrics"]) == {"b"}
-    code, _, err = call(capsys, *arguments, "c")
+    code, _, err = call(*arguments, "c")
     assert code != 0 and "'c'; the tasks are a, b" in err
 
 
 def test_a_function_that_diverges_is_left_out_of_the_choice(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     arguments: list[Any] = ["sweep", f"{file}:train", "--methods", "uniform", "--trials", "2", "--seeds", "2"]
-    code, out, _ = call(capsys, *arguments, "--extend", "0", "--out", str(tmp_path / "s"), "--json")
+    code, out, _ = call(*arguments, "--extend", "0", "--out", str(tmp_path / "s"), "--json")
     found = json.loads(out)
     assert code == 0
     assert {one["choice"]["learning_rate"] for one in found["contenders"]} == {0.1}

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,6 @@ from benchmarks.sweeps import left_behind
 from detente.cli import main
 
 BASE = ["sweep", TINY, "--methods", "uniform", "mgda", *QUICK, "--no-singles"]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +86,19 @@ def runs_of(folder: Path, start: str = "") -> list[Path]:
 def test_a_mistake_is_told_and_nothing_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Callable[..., tuple[int, str, str]],
     arguments: Any,
     told: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(capsys, *BASE, *arguments, "--out", "sweep")
+    code, out, err = call(*BASE, *arguments, "--out", "sweep")
     assert (code, out) == (2, "")
     for words in told:
         assert words in err
     assert not list(tmp_path.iterdir())
 
 
-def test_all_mistakes_are_listed_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_are_listed_at_once(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     wrong = ["--methods", "mgdaa", "uniform", "cagrad@nowhere", "--also", "x: --nope 1", "y", "--seeds", "0"]
     wrong += [
         "--grid",
@@ -118,7 +111,7 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path, capsys: pytest.CaptureF
         "--seed",
         "3",
     ]
-    code, _, err = call(capsys, "sweep", TINY, *wrong, "--out", str(tmp_path / "sweep"))
+    code, _, err = call("sweep", TINY, *wrong, "--out", str(tmp_path / "sweep"))
     assert code == 2
     assert "10 mistakes" in err
     for words in (
@@ -143,23 +136,23 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path, capsys: pytest.CaptureF
 def test_an_experiment_that_is_none(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    call: Callable[..., tuple[int, str, str]],
     arguments: list[str],
     code: int,
     told: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found, _, err = call(capsys, *arguments)
+    found, _, err = call(*arguments)
     assert found == code
     assert told in err
     assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_is_shown_without_running_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(capsys, *BASE, "--plan", "--json")
+    code, out, _ = call(*BASE, "--plan", "--json")
     shown = json.loads(out)
     assert code == 0
     assert [(one["name"], one["tuning_runs"]) for one in shown["contenders"]] == [
@@ -173,10 +166,10 @@ def test_the_plan_is_shown_without_running_anything(
 
 
 def test_another_sweep_in_the_folder_is_told_and_kept(
-    sweep: Path, capsys: pytest.CaptureFixture[str]
+    sweep: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     before = left_behind(sweep)
-    code, _, err = call(capsys, *BASE, "--seeds", "3", "--weight-decay", "0.1", "--out", str(sweep))
+    code, _, err = call(*BASE, "--seeds", "3", "--weight-decay", "0.1", "--out", str(sweep))
     assert code == 2
     assert "asked.seeds is 2 there and 3 here" in err
     assert "contenders.uniform.config.weight_decay is 0.0 there and 0.1 here" in err
@@ -184,23 +177,21 @@ def test_another_sweep_in_the_folder_is_told_and_kept(
     assert left_behind(sweep) == before
 
 
-def test_what_changes_no_number_may_differ(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call(
-        capsys, *BASE, "--out", str(sweep), "--retries", "3", "--checkpoint-seconds", "1", "--json"
-    )
+def test_what_changes_no_number_may_differ(sweep: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call(*BASE, "--out", str(sweep), "--retries", "3", "--checkpoint-seconds", "1", "--json")
     assert code == 0
     assert json.loads(out)["failures"] == {}
 
 
 def test_another_content_of_the_problem_file_is_another_sweep(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     file = tmp_path / "mine.py"
     shutil.copy(HERE / "tiny.py", file)
     arguments = ["sweep", f"{file}:Tiny", *BASE[2:], "--out", str(tmp_path / "sweep")]
-    assert call(capsys, *arguments)[0] == 0
+    assert call(*arguments)[0] == 0
     file.write_text(file.read_text().replace("0.3 *", "0.4 *"))
-    code, _, err = call(capsys, *arguments)
+    code, _, err = call(*arguments)
     assert code == 2
     assert f"files.{file}" in err
 
@@ -210,16 +201,18 @@ def test_another_content_of_the_problem_file_is_another_sweep(
     [("{", "cannot be read"), ('{"schema": 0, "command": "old"}', "schema 0"), ("[]", "cannot be read")],
 )
 def test_the_record_of_the_sweep_is_damaged_or_older(
-    sweep: Path, capsys: pytest.CaptureFixture[str], content: str, told: str
+    sweep: Path, call: Callable[..., tuple[int, str, str]], content: str, told: str
 ) -> None:
     (sweep / "sweep.json").write_text(content)
-    code, _, err = call(capsys, *BASE, "--out", str(sweep))
+    code, _, err = call(*BASE, "--out", str(sweep))
     assert code == 1
     assert told in err and "sweep.json" in err
     assert (sweep / "sweep.json").read_text() == content
 
 
-def test_a_folder_that_another_process_sweeps_in(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_another_process_sweeps_in(
+    sweep: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
     holder = subprocess.Popen(
         [
             sys.executable,
@@ -234,7 +227,7 @@ def test_a_folder_that_another_process_sweeps_in(sweep: Path, capsys: pytest.Cap
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        code, _, err = call(capsys, *BASE, "--out", str(sweep))
+        code, _, err = call(*BASE, "--out", str(sweep))
         assert code == 1
         assert f"process {holder.pid}" in err and str(sweep) in err
     finally:
@@ -242,12 +235,12 @@ def test_a_folder_that_another_process_sweeps_in(sweep: Path, capsys: pytest.Cap
         holder.wait()
         assert holder.stdout is not None
         holder.stdout.close()
-    assert call(capsys, *BASE, "--out", str(sweep))[0] == 0, "the system let go of it with the process"
+    assert call(*BASE, "--out", str(sweep))[0] == 0, "the system let go of it with the process"
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     (tmp_path / "file").write_text("not a folder")
-    code, _, err = call(capsys, *BASE, "--out", str(tmp_path / "file" / "sweep"))
+    code, _, err = call(*BASE, "--out", str(tmp_path / "file" / "sweep"))
     assert code == 1
     assert str(tmp_path / "file") in err and "Traceback" not in err
 
@@ -265,7 +258,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_a_record_that_cannot_be_used_is_named_and_kept_and_the_others_go_on(
-    sweep: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None
+    sweep: Path, call: Callable[..., tuple[int, str, str]], name: str, content: str | None
 ) -> None:
     broken = runs_of(sweep, "mgda")[0] / name
     if content is None:
@@ -275,7 +268,7 @@ def test_a_record_that_cannot_be_used_is_named_and_kept_and_the_others_go_on(
     broken.write_text(content)
     lost = runs_of(sweep, "uniform")[0]
     shutil.rmtree(lost)
-    code, out, err = call(capsys, *BASE, "--out", str(sweep), "--json")
+    code, out, err = call(*BASE, "--out", str(sweep), "--json")
     found = json.loads(out)
     assert code == 1
     assert list(found["failures"]) == [broken.parent.name]
@@ -286,12 +279,12 @@ def test_a_record_that_cannot_be_used_is_named_and_kept_and_the_others_go_on(
 
 
 def test_a_damaged_checkpoint_is_the_failure_of_its_run_alone(
-    sweep: Path, capsys: pytest.CaptureFixture[str]
+    sweep: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     run = runs_of(sweep, "mgda")[0]
     (run / "result.json").unlink()
     (run / "checkpoint.pt").write_bytes(b"cdetente\nnothing\n.")
-    code, out, _ = call(capsys, *BASE, "--out", str(sweep), "--json")
+    code, out, _ = call(*BASE, "--out", str(sweep), "--json")
     reasons = json.loads(out)["failures"]
     assert code == 1
     assert list(reasons) == [run.name]
@@ -299,7 +292,7 @@ def test_a_damaged_checkpoint_is_the_failure_of_its_run_alone(
 
 
 def test_a_run_that_fails_is_listed_and_does_not_stop_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     file = tmp_path / "broken.py"
     file.write_text(
@@ -314,7 +307,7 @@ class Broken(Tiny):
 """
     )
     arguments = [f"{file}:Broken", *BASE[2:], "--trials", "2", "--out", str(tmp_path / "sweep"), "--json"]
-    code, out, err = call(capsys, "sweep", *arguments)
+    code, out, err = call("sweep", *arguments)
     found = json.loads(out)
     assert code == 1
     assert len(found["failures"]) == 2 and all("1e+30" in name for name in found["failures"])
@@ -325,7 +318,7 @@ class Broken(Tiny):
 
 
 def test_a_full_disk_stops_the_sweep_and_loses_nothing(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     whole = left_behind(sweep)
     for run in [*runs_of(sweep, "mgda")[1:], runs_of(sweep, "uniform")[0]]:
@@ -338,11 +331,11 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(writing, "write_json", full)
-        code, _, err = call(capsys, *BASE, "--out", str(sweep))
+        code, _, err = call(*BASE, "--out", str(sweep))
     assert code == 1
     assert "No space left" in err and str(sweep) in err and "the same command goes on" in err
     assert err.count("No space left") == 1, "it does not try the other runs"
-    assert call(capsys, *BASE, "--out", str(sweep))[0] == 0
+    assert call(*BASE, "--out", str(sweep))[0] == 0
     assert left_behind(sweep) == whole
 
 
@@ -368,7 +361,7 @@ def test_files_that_may_not_grow_are_a_failure_with_a_reason(tmp_path: Path) -> 
 
 
 def test_the_problem_file_changes_while_the_sweep_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     file = tmp_path / "mine.py"
     shutil.copy(HERE / "tiny.py", file)
@@ -384,7 +377,7 @@ def test_the_problem_file_changes_while_the_sweep_runs(
 
     monkeypatch.setattr(module, "InProcess", Disturbed)
     arguments = ["sweep", f"{file}:Tiny", *BASE[2:], "--out", str(tmp_path / "sweep"), "--json"]
-    code, out, _ = call(capsys, *arguments)
+    code, out, _ = call(*arguments)
     found = json.loads(out)
     assert code == 1
     assert {name.split("-lr")[0] for name in found["failures"]} >= {"mgda-exact"}

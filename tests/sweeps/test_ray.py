@@ -130,6 +130,15 @@ def test_a_cluster_that_is_there_is_joined(undisturbed: Path, tmp_path: Path, cl
     assert not list((tmp_path / "here").iterdir())
 
 
+def test_a_cluster_that_is_there_is_left_alone_without_its_address(
+    undisturbed: Path, tmp_path: Path, cluster: str
+) -> None:
+    folder = tmp_path / "sweep"
+    _, err = finish(start(*ASKED, "--out", str(folder), "--workers", "2"))
+    assert cluster not in err
+    assert left_behind(folder) == left_behind(undisturbed)
+
+
 def test_no_cluster_at_that_address(tmp_path: Path) -> None:
     process = start(*ASKED, "--out", str(tmp_path / "sweep"), "--address", "127.0.0.1:1")
     _, err = process.communicate(timeout=300)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,6 @@ from detente.records import read_run
 from detente.sweeps.outcome import tables
 
 ASKED = ["sweep", TINY, "--methods", "uniform", "cagrad", "--front", "3", *QUICK]
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code, out, err
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +142,7 @@ def test_printed_tables_fit_and_lose_nothing(outcome: dict[str, Any]) -> None:
 
 
 def test_a_run_is_repeated_by_the_command_in_its_record(
-    finished: Path, outcome: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, outcome: dict[str, Any], tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     import shlex
 
@@ -160,27 +152,29 @@ def test_a_run_is_repeated_by_the_command_in_its_record(
     arguments[place] = str(tmp_path / "again")
     assert detente == "detente"
     # What was chosen was measured on test data later.
-    assert call(capsys, *arguments, "--test")[0] == 0
+    assert call(*arguments, "--test")[0] == 0
     again = read_run(tmp_path / "again")
     assert run.result is not None and again.result is not None
     assert again.result["metrics"] == run.result["metrics"]
 
 
 def test_the_same_command_on_a_finished_sweep_repeats_nothing(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     before = left_behind(finished)
     times = {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/*")}
-    code, out, _ = call(capsys, *ASKED, "--out", str(finished))
+    code, out, _ = call(*ASKED, "--out", str(finished))
     assert code == 0
     assert "tuned scalarisation" in out
     assert {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/*")} == times
     assert left_behind(finished) == before
 
 
-def test_one_seed_gives_no_tests_and_no_spreads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_seed_gives_no_tests_and_no_spreads(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
     arguments = [*ASKED, "--seeds", "1", "--no-singles", "--out", str(tmp_path / "sweep")]
-    code, out, _ = call(capsys, *arguments)
+    code, out, _ = call(*arguments)
     assert code == 0
     assert "too few seeds" in out
     assert "±" not in out
@@ -212,7 +206,7 @@ def test_nothing_that_finished_is_run_again_after_a_kill(tmp_path: Path, nursery
 
 
 def test_a_run_that_an_orphan_still_writes_is_waited_for(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "sweep"))
     run = min(folder.glob("runs/cagrad*"))
@@ -224,7 +218,7 @@ def test_a_run_that_an_orphan_still_writes_is_waited_for(
     )
     assert orphan.stdout is not None and orphan.stdout.readline() == "held\n"
     started = time.monotonic()
-    code, _, _ = call(capsys, *ASKED, "--out", str(folder))
+    code, _, _ = call(*ASKED, "--out", str(folder))
     assert code == 0
     assert time.monotonic() - started > 1.0
     orphan.wait()
@@ -233,7 +227,7 @@ def test_a_run_that_an_orphan_still_writes_is_waited_for(
 
 
 def test_an_orphan_that_does_not_end_is_a_failure_of_that_run(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     from detente.records.lock import locked
     from detente.sweeps import workers
@@ -243,7 +237,7 @@ def test_an_orphan_that_does_not_end_is_a_failure_of_that_run(
     run = min(folder.glob("runs/cagrad*"))
     (run / "result.json").unlink()
     with locked(run):
-        code, out, _ = call(capsys, *ASKED, "--out", str(folder), "--json")
+        code, out, _ = call(*ASKED, "--out", str(folder), "--json")
     assert code == 1
     assert "written to by another process" in json.loads(out)["failures"][run.name]
 
@@ -252,7 +246,7 @@ def test_an_orphan_that_does_not_end_is_a_failure_of_that_run(
 
 
 @pytest.mark.parametrize("name", ["training_function.py:train", "diabetes.py:Diabetes"])
-def test_examples_sweep(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_sweep(name: str, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     place = HERE.parents[1] / "examples"
     arguments = ["sweep", f"{place / name}", "--methods", "uniform", f"{place / 'my_method.py'}:Loudest"]
     arguments += [
@@ -267,7 +261,7 @@ def test_examples_sweep(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
         "--out",
         str(tmp_path / "s"),
     ]
-    code, out, _ = call(capsys, *arguments, "--json")
+    code, out, _ = call(*arguments, "--json")
     found = json.loads(out)
     assert code == 0
     assert {"uniform", "loudest"} <= {one["name"] for one in found["contenders"]}

@@ -26,6 +26,17 @@ def file_name(name: str) -> str:
     return Path(name.rpartition(":")[2] or name).name
 
 
+def print_experiments(command: str) -> None:
+    """How a command that trains is called, and the protocols there are."""
+    from detente.experiments import experiments
+
+    print(
+        f"usage: detente {command} EXPERIMENT [options]     (detente {command} EXPERIMENT --help lists them)\n"
+    )
+    for experiment in experiments().values():
+        print(f"  {experiment.name:14} {experiment.summary}")
+
+
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table as wide as the terminal."""
     from rich.console import Console

@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from detente.cli.console import UsageError, file_name, rank
+from detente.cli.console import UsageError, file_name, print_experiments, rank
 from detente.cli.export import check_export, export
 
 
@@ -17,14 +17,12 @@ def run(arguments: list[str]) -> int:
     """Parse the protocol's configuration, and train; in several processes if it asks for them."""
     import tyro
 
-    from detente.experiments import experiments, find
+    from detente.experiments import find
     from detente.records import read_run
     from detente.training.launch import end_with_the_starter, launch, launched
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: detente run EXPERIMENT [options]     (detente run EXPERIMENT --help lists them)\n")
-        for experiment in experiments().values():
-            print(f"  {experiment.name:14} {experiment.summary}")
+        print_experiments("run")
         return 0 if arguments else 2
     experiment = find(arguments[0])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detente.cli.console import file_name, print_columns
+from detente.cli.console import file_name, print_columns, print_experiments
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,12 @@ def run_sweep(arguments: list[str]) -> int:
     """Parse sweep and protocol, see that all is in order, carry out the sweep, print what came out."""
     import tyro
 
-    from detente.experiments import experiments, find
+    from detente.experiments import find
     from detente.sweeps import SweepConfig, plan_of, sweep
     from detente.sweeps.outcome import tables
 
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: detente sweep EXPERIMENT [options]     (detente sweep EXPERIMENT --help lists them)\n")
-        for experiment in experiments().values():
-            print(f"  {experiment.name:14} {experiment.summary}")
+        print_experiments("sweep")
         return 0 if arguments else 2
     experiment = find(arguments[0])
 

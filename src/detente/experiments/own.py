@@ -9,8 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,16 @@ import torch
 
 from detente.experiments.registry import Experiment, UnknownExperiment
 from detente.methods import describe
-from detente.records import SCHEMA, Metric, RunFolder, versions
-from detente.records.atomic import plain, write_json
+from detente.records import Metric, RunFolder
+from detente.records.atomic import write_json
 from detente.training.config import TrainingConfig
-from detente.training.loop import VOLATILE, create_method
+from detente.training.header import VOLATILE, header, result_of
+from detente.training.method import create_method
 from detente.training.processes import threads
 from detente.training.tensors import OneTask
 
 _WITHHELD = "withheld.json"
 _EXPECTED = "return {'validation': {task: {metric: value}}, 'test': ...}."
-# What a result repeats of the configuration it belongs to.
-_REPEATED = ("experiment", "method", "options", "gradients", "label", "seed", "tasks")
 _TEST_DATA = "measured in every run by the training function, and kept back until a configuration was chosen"
 
 
@@ -187,25 +185,16 @@ def _train_by_function(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """As :func:`detente.training.train`, with the user's function for the training itself."""
-    method = create_method(problem, config)  # type: ignore[arg-type]  # it has the tasks, and more is not asked for
+    method = create_method(problem, config)
     info = describe(method)
-    stored = {
-        "schema": SCHEMA,
-        "experiment": experiment,
-        "label": label or info.name,
-        "method": config.method,
-        "options": config.method_options(),
-        "gradients": config.gradients if info.takes_gradients else "none",
-        "tasks": list(problem.tasks),
-        "metrics": [asdict(metric) for metric in problem.metrics],
-        "main_metric": problem.main_metric,
-        "seed": config.seed,
-        "config": plain(asdict(config)),
-        "problem": problem.describe(),
-        "command": command,
-        "versions": versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    stored = header(
+        problem,
+        config,
+        experiment=experiment,
+        label=label or info.name,
+        gradients=config.gradients if info.takes_gradients else "none",
+        command=command,
+    )
     with RunFolder.open_or_create(folder, stored, ignore=VOLATILE) as records:
         result = records.read().result
         if result is None:
@@ -219,18 +208,16 @@ def _train_by_function(
                 )
             found = {split: _measured(problem, split, told.get(split)) for split in ("validation", "test")}
             write_json(folder / _WITHHELD, {"test": found["test"]})
-            result = {
-                "schema": SCHEMA,
-                "status": "done",
-                **{key: stored[key] for key in _REPEATED},
-                "epochs": config.epochs,
-                "metrics": found["test"] if config.test else {},
-                "validation": found["validation"],
-                "seconds": time.perf_counter() - started,
-                "seconds_per_epoch": None,
-                "peak_memory_bytes": None,
-                "parameters": None,
-            }
+            result = result_of(
+                stored,
+                epochs=config.epochs,
+                metrics=found["test"] if config.test else {},
+                validation=found["validation"],
+                seconds=time.perf_counter() - started,
+                seconds_per_epoch=None,
+                peak_memory_bytes=None,
+                parameters=None,
+            )
             records.write_result(result)
         elif config.test and not result["metrics"]:
             result = {**result, "metrics": json.loads((folder / _WITHHELD).read_text("utf-8"))["test"]}

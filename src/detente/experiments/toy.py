@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +16,17 @@ from detente.experiments.registry import Experiment
 from detente.experiments.toy_paths import Descent, descend
 from detente.methods import create, describe
 from detente.problems import Toy
-from detente.records import SCHEMA, Metric, RunFolder, versions
-from detente.records.atomic import plain, write_bytes
+from detente.records import Metric, RunFolder
+from detente.records.atomic import write_bytes
 from detente.training.config import TrainingConfig
-from detente.training.loop import VOLATILE
+from detente.training.header import VOLATILE, header, result_of
+from detente.training.method import seeded_options
 from detente.training.processes import threads
 
 PATHS = "paths.npz"
 
-_USED = frozenset({"method", "option", "learning_rate", "max_steps", "seed", "scales", "points", "positive"})
-_NO_MATTER = frozenset({"test", "threads", "data_dir", "checkpoint_seconds"})
+_USED = frozenset({"method", "option", "learning_rate", "max_steps", "seed"})
+_WITHOUT_EFFECT = frozenset({"test", "threads", "data_dir", "checkpoint_seconds"})
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class ToyConfig(TrainingConfig):
             raise ValueError("max_steps is None; a path needs an end.")
         if self.points < 1:
             raise ValueError(f"points is {self.points}; it must be at least 1.")
-        for field in fields(self):
-            if field.name not in _USED | _NO_MATTER and getattr(self, field.name) != getattr(
-                ToyConfig, field.name
-            ):
-                if field.name in ("momentum", "search_check"):  # filled in by the configuration itself
-                    continue
+        # Adam as it is configured where nothing else was asked for.
+        untouched = replace(TrainingConfig(), optimizer="adam")
+        for field in fields(untouched):
+            if field.name in _USED | _WITHOUT_EFFECT:
+                continue
+            if getattr(self, field.name) != getattr(untouched, field.name):
                 raise ValueError(
                     f"{field.name} is {getattr(self, field.name)!r}; the toy problem has no use for it."
                 )
@@ -73,17 +73,18 @@ class ToyProblem:
         self.tasks: Sequence[str] = Toy.tasks
         self.main_metric = dict.fromkeys(Toy.tasks, "loss")
 
+    def describe(self) -> dict[str, Any]:
+        """The factors of the losses, and where paths start."""
+        return {"scales": self.config.scales, "starts": [list(start) for start in Toy.starts]}
+
     def walk(self) -> Descent:
         """The paths."""
         config = self.config
         assert config.max_steps is not None
-        options = config.method_options()
-        if "seed" in describe(create(config.method, **options)).options:
-            options.setdefault("seed", config.seed)
         return descend(
             self.toy,
             config.method,
-            options=options,
+            options=seeded_options(config),
             steps=config.max_steps,
             lr=config.learning_rate,
             stride=max(1, config.max_steps // config.points),
@@ -113,23 +114,14 @@ def train_toy(
 ) -> dict[str, Any]:
     """As :func:`detente.training.train`: the metrics are means over the five ends; the paths lie beside the result."""
     described = describe(create(config.method, **config.method_options()))
-    stored = {
-        "schema": SCHEMA,
-        "experiment": experiment,
-        "label": label or described.name,
-        "method": config.method,
-        "options": config.method_options(),
-        "gradients": "exact" if described.takes_gradients else "none",
-        "tasks": list(problem.tasks),
-        "metrics": [asdict(metric) for metric in problem.metrics],
-        "main_metric": problem.main_metric,
-        "seed": config.seed,
-        "config": plain(asdict(config)),
-        "problem": {"scales": config.scales, "starts": [list(start) for start in Toy.starts]},
-        "command": command,
-        "versions": versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    stored = header(
+        problem,
+        config,
+        experiment=experiment,
+        label=label or described.name,
+        gradients="exact" if described.takes_gradients else "none",
+        command=command,
+    )
     with RunFolder.open_or_create(folder, stored, ignore=VOLATILE) as records, threads(1):
         finished = records.read().result
         if finished is not None:
@@ -147,28 +139,23 @@ def train_toy(
             task: {"loss": float(value)} for task, value in zip(problem.tasks, ends.mean(dim=0), strict=True)
         }
         seconds = time.perf_counter() - started
-        result = {
-            "schema": SCHEMA,
-            "status": "done",
-            **{
-                key: stored[key]
-                for key in ("experiment", "method", "options", "gradients", "label", "seed", "tasks")
-            },
-            "epochs": 1,
-            "steps": config.max_steps,
-            "metrics": metrics,
-            "validation": metrics,
-            "seconds": seconds,
-            "seconds_per_step": seconds / found.steps[-1],
-            "seconds_per_epoch": seconds,
-            "peak_memory_bytes": None,
-            "parameters": Toy.dimension,
-            "ends": found.paths[:, -1].tolist(),
-            "distance": distance_to_pareto_set(problem.toy, found.paths[:, -1]).tolist(),
-            "refused": list(found.refused),
-            "stationary": list(found.stationary),
-            "stopped": list(found.stopped),
-        }
+        result = result_of(
+            stored,
+            epochs=1,
+            steps=config.max_steps,
+            metrics=metrics,
+            validation=metrics,
+            seconds=seconds,
+            seconds_per_step=seconds / found.steps[-1],
+            seconds_per_epoch=seconds,
+            peak_memory_bytes=None,
+            parameters=Toy.dimension,
+            ends=found.paths[:, -1].tolist(),
+            distance=distance_to_pareto_set(problem.toy, found.paths[:, -1]).tolist(),
+            refused=list(found.refused),
+            stationary=list(found.stationary),
+            stopped=list(found.stopped),
+        )
         records.write_result(result)
         return result
 

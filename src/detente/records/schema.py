@@ -37,6 +37,9 @@ EPOCHS = "epochs.jsonl"
 STEPS = "steps.jsonl"
 SAMPLES = "samples.npz"
 RESULT = "result.json"
+# Of a sweep, beside the folder of its runs.
+OUTCOME = "outcome.json"
+OUTCOME_SCHEMA = 1
 
 # Facts about one start of a program, not about the run: a run resumed by another command, on another
 # day or with another library version is still the same run.

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from detente.records import RecordError, Run
+from detente.records.schema import OUTCOME, OUTCOME_SCHEMA
 from detente.reports.groups import Study
-
-FILE = "outcome.json"
-SCHEMA = 1
 
 Outcome = Mapping[str, Any]
 
@@ -20,13 +18,13 @@ def read_outcomes(folders: Iterable[Path], problems: list[RecordError]) -> dict[
     """The outcomes of the sweeps among these folders, by folder; one that cannot be read joins the problems."""
     found: dict[Path, Outcome] = {}
     for folder in folders:
-        path = Path(folder) / FILE
+        path = Path(folder) / OUTCOME
         if not path.is_file():
             continue
         try:
             outcome = json.loads(path.read_text(encoding="utf-8"))
-            if outcome["schema"] != SCHEMA:
-                raise ValueError(f"it has schema {outcome['schema']}, this version reads {SCHEMA}")
+            if outcome["schema"] != OUTCOME_SCHEMA:
+                raise ValueError(f"it has schema {outcome['schema']}, this version reads {OUTCOME_SCHEMA}")
             found[Path(folder)] = outcome
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(RecordError(f"{path} cannot be read as the outcome of a sweep ({error})."))
@@ -110,7 +108,7 @@ def headline_and_sentences(outcome: Outcome) -> tuple[str, list[str]]:
         sentences.append(f"In the mean over the seeds {beyond} {lie} beyond the front of fixed weightings.")
     if outcome["failures"]:
         sentences.append(
-            f"{len(outcome['failures'])} runs failed and are left out; their reasons are in {FILE}."
+            f"{len(outcome['failures'])} runs failed and are left out; their reasons are in {OUTCOME}."
         )
     return headline, sentences
 

@@ -15,15 +15,14 @@ from detente.methods import create, describe
 from detente.metrics import delta_m
 from detente.records import versions
 from detente.records.atomic import write_json, write_text
+from detente.records.schema import OUTCOME, OUTCOME_SCHEMA
 from detente.statistics import compare, hypervolume, non_dominated, spread
 from detente.sweeps.asked import Failure
 from detente.sweeps.contenders import Contender
 from detente.sweeps.plan import Choice, Plan, Planned
 from detente.sweeps.workers import Outcome
 
-FILE = "outcome.json"
 TABLE = "outcome.csv"
-SCHEMA = 1
 
 _RULES = {
     "delta-m": "the least Δm against the single-task networks",
@@ -53,7 +52,7 @@ def outcome(plan: Plan, results: Mapping[str, Outcome], command: str) -> dict[st
     told += [f"Nothing was chosen for {name}: {why}." for name, why in plan.hindered(results).items()]
     told += [f"Nothing was compared: {hindrance}."] if hindrance else []
     return {
-        "schema": SCHEMA,
+        "schema": OUTCOME_SCHEMA,
         "experiment": plan.experiment,
         "command": command,
         "versions": versions(),
@@ -143,7 +142,7 @@ def conditions(plan: Plan, choices: Mapping[str, Choice]) -> list[str]:
 
 def write_outcome(folder: Path, found: Mapping[str, Any]) -> None:
     """Store it: `outcome.json`, and `outcome.csv` with a line for every contender."""
-    write_json(folder / FILE, found)
+    write_json(folder / OUTCOME, found)
     write_text(folder / TABLE, _csv(found))
 
 
@@ -377,7 +376,7 @@ def _reference(plan: Plan, tested: Mapping[str, Any]) -> str | None:
 def _has_fixed_weights(one: Contender) -> bool:
     info = describe(create(one.config.method))
     # Such an optimizer rescales the tasks itself.
-    alters = one.config.optimizer in ("mao", "mtadam")
+    alters = one.config.per_task
     return not (info.needs or info.stateful or alters)
 
 

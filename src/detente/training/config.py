@@ -13,6 +13,9 @@ CHECK_EVERY = 7
 """Steps of the fast search from one look at the network itself to the next: often enough to tell, and with no period
 that the batches of an epoch are likely to have."""
 
+PER_TASK = ("mao", "mtadam")
+"""Optimizers that keep moments of every task."""
+
 _SEARCH_ONLY = (
     "search_gamma",
     "search_c",
@@ -145,7 +148,7 @@ class TrainingConfig:
                 f"{self.accumulate} parts; raise batch_size."
             )
         mover = f"search {self.search}" if self.search != "none" else f"optimizer {self.optimizer}"
-        if self.search != "none" or self.optimizer in ("mao", "mtadam"):
+        if self.search != "none" or self.per_task:
             for name in ("accumulate", "memory", "clip_norm"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(
@@ -221,6 +224,11 @@ class TrainingConfig:
             raise ValueError(
                 "balance follows from the moments of an optimizer of Adam's kind: use it without a search."
             )
+
+    @property
+    def per_task(self) -> bool:
+        """Whether the optimizer keeps moments of every task and takes the step itself."""
+        return self.optimizer in PER_TASK
 
     def baselines(self, tasks: Sequence[str]) -> dict[str, float]:
         """The single-task baselines by task; empty unless the rule delta-m asks for them.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,21 @@ def measured(
     for epoch in epochs:
         model.load_state_dict(checkpoint.load(checkpoint.weights_file(folder, epoch)))
         found.append(evaluate(problem, model, split))
-    return {
-        task: {name: sum(each[task][name] for each in found) / len(found) for name in values}
-        for task, values in found[0].items()
-    }
+    return averaged(found)
+
+
+def averaged(
+    found: Sequence[Mapping[str, Mapping[str, float | None]]],
+) -> dict[str, dict[str, float]]:
+    """Every metric's mean over several measurements; NaN where one of them was not finite, as records store it.
+
+    Example:
+        >>> averaged([{"a": {"error": 0.25}}, {"a": {"error": 0.75}}])
+        {'a': {'error': 0.5}}
+    """
+
+    def mean(task: str, name: str) -> float:
+        values = [each[task][name] for each in found]
+        return sum(math.nan if value is None else value for value in values) / len(values)
+
+    return {task: {name: mean(task, name) for name in values} for task, values in found[0].items()}

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,15 @@ import torch
 from torch import nn
 
 from detente.autograd.reduce import average_losses
-from detente.methods import Method, create, describe
-from detente.records import SCHEMA, RunFolder, versions
+from detente.methods import Method, describe
+from detente.records import RunFolder
+from detente.records.atomic import plain
 from detente.training import checkpoint
 from detente.training.config import TrainingConfig
-from detente.training.evaluation import evaluate, measured, to_device
+from detente.training.evaluation import averaged, evaluate, measured, to_device
+from detente.training.header import VOLATILE, header, result_of
 from detente.training.memory import peak_bytes, reset_peak
+from detente.training.method import create_method
 from detente.training.position import Position
 from detente.training.problem import Problem
 from detente.training.processes import Processes, Unwritten, threads
@@ -31,8 +33,6 @@ from detente.training.steps import Batch, GradientSteps, PerTaskSteps, SearchedS
 _SAMPLES = 12
 # Several processes have several clocks: at these steps the first one's decides whether a checkpoint is due.
 _STEPS_BETWEEN_LOOKS = 20
-# What may differ between the command that started a run and one that resumes it.
-VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir", "config.test")
 
 
 def train(
@@ -81,25 +81,16 @@ def train(
         raise ValueError(
             f"method {described.name} cannot be solved on {space!r}; it runs on {', '.join(sorted(described.spaces))}."
         )
-    stored = {
-        "schema": SCHEMA,
-        "experiment": experiment,
-        "label": label or _label(config, described.name, space),
-        "method": config.method,
-        "options": config.method_options(),
-        "gradients": space,
-        "tasks": list(problem.tasks),
-        "metrics": [asdict(metric) for metric in problem.metrics],
-        "main_metric": dict(problem.main_metric),
-        "seed": config.seed,
-        "config": _plain(asdict(config)),
-        "problem": problem.describe(),
-        "command": command,
-        "versions": versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    stored = header(
+        problem,
+        config,
+        experiment=experiment,
+        label=label or _label(config, described.name, space),
+        gradients=space,
+        command=command,
+    )
     # A run of an earlier version, which did not know some options, goes on under their defaults.
-    defaults = {f"config.{name}": value for name, value in _plain(asdict(type(config)())).items()}
+    defaults = {f"config.{name}": value for name, value in plain(asdict(type(config)())).items()}
     processes = Processes(config.devices)
     records: RunFolder | Unwritten = Unwritten(folder)
     with ExitStack() as files:
@@ -142,15 +133,6 @@ def _tested(
         images, targets, predictions = samples
         records.write_samples(images.cpu().numpy(), _arrays(targets), _arrays(predictions))
     return found
-
-
-def create_method(problem: Problem, config: TrainingConfig) -> Method:
-    """The method a configuration asks for; a random one is seeded with the run's seed unless told otherwise."""
-    options = config.method_options()
-    method = create(config.method, **options)
-    if "seed" in describe(method).options:
-        options.setdefault("seed", config.seed)
-    return create(config.method, tasks=tuple(getattr(problem, "loss_names", problem.tasks)), **options)
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
@@ -393,29 +375,27 @@ class _Run:
         epochs = [
             epoch + 1 for epoch in chosen(config.selection, at.history, config.selection_k, self.baselines)
         ]
-        found = {"validation": measured(self.problem, self.module, self.records.path, epochs, "validation")}
-        found["metrics"] = _tested(self.problem, self.module, self.records, epochs) if config.test else {}
+        assert isinstance(self.records, RunFolder), "the first process writes"
+        self.records.flush()
+        rows = {row["epoch"]: row["validation"] for row in self.records.read().epochs}
+        validation = averaged([rows[epoch] for epoch in epochs])
         checkpoint.keep_weights(self.records.path, epochs)
         batches = -(-len(self.data) // config.batch_size)
         per_step = float(np.median(at.step_seconds)) if at.step_seconds else None
-        result = {
-            "schema": SCHEMA,
-            "status": "done",
-            **{
-                key: self.stored[key]
-                for key in ("experiment", "method", "options", "gradients", "label", "seed", "tasks")
-            },
-            "epochs": at.epoch,
-            "steps": at.step,
-            "selection": config.selection,
-            "selected_epochs": epochs,
-            **found,
-            "seconds": at.seconds + time.perf_counter() - started,
-            "seconds_per_step": per_step,
-            "seconds_per_epoch": None if per_step is None else per_step * batches,
-            "peak_memory_bytes": peak_bytes(self.device),
-            "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
-        }
+        result = result_of(
+            self.stored,
+            epochs=at.epoch,
+            steps=at.step,
+            selection=config.selection,
+            selected_epochs=epochs,
+            validation=validation,
+            metrics=_tested(self.problem, self.module, self.records, epochs) if config.test else {},
+            seconds=at.seconds + time.perf_counter() - started,
+            seconds_per_step=per_step,
+            seconds_per_epoch=None if per_step is None else per_step * batches,
+            peak_memory_bytes=peak_bytes(self.device),
+            parameters=sum(parameter.numel() for parameter in self.module.parameters()),
+        )
         self.records.write_result(result)
         return result
 
@@ -425,7 +405,7 @@ def _label(config: TrainingConfig, method: str, space: str) -> str:
     name = f"{method} ({space})" if space != "none" else method
     if config.search != "none":
         return f"{name}, {config.search} search" if config.search == "fast" else f"{name}, {config.search}"
-    if config.optimizer in ("mao", "mtadam"):
+    if config.per_task:
         return config.optimizer if space == "none" else f"{config.optimizer} after {method}"
     return name
 
@@ -437,7 +417,7 @@ def _set_up(
     model = processes.set_up(module)
     if config.search != "none":
         return model, SearchedSteps(problem, config, method, module, model)
-    if config.optimizer in ("mao", "mtadam"):
+    if config.per_task:
         return model, PerTaskSteps(problem, config, method, module, model)
     return model, GradientSteps(problem, config, method, module, model, make_optimizer(module, config))
 
@@ -460,11 +440,3 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {task: tensor.cpu().numpy() for task, tensor in tensors.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
