@@ -24,7 +24,7 @@ from benchmarks._cost_model import (
     whole_rows,
     work,
 )
-from benchmarks._peak import peak
+from detente.training.memory import peak_allocated
 from detente.values import MethodInfo
 
 Rows = list[tuple[str, ...]]
@@ -127,7 +127,7 @@ def memory_of(name: str) -> tuple[float, tuple[float, float]]:
             losses = [1.0] * tasks
             detente.combine(method, jacobian, losses=losses)
             sizes.append(sum(buffer.nbytes for buffer in method.buffers()))
-            peaks.append(peak(lambda: detente.combine(method, jacobian, losses=losses)))  # noqa: B023
+            peaks.append(peak_allocated(lambda: detente.combine(method, jacobian, losses=losses)))  # noqa: B023
         kept.append((sizes[1] - sizes[0]) / (4 * tasks * (many - few)))
     at_two, at_four = ((more - less) / (4 * (many - few)) for less, more in (peaks[:2], peaks[2:]))
     each = (at_four - at_two) / 2

@@ -30,8 +30,8 @@ import torch
 
 import detente
 from benchmarks._networks import Case, lenet, many_heads, recurrent, resnet, transformer
-from benchmarks._peak import peak
 from benchmarks._timing import by_round, interleaved, ratios
+from detente.training.memory import peak_allocated
 
 Run = Callable[[], object]
 Ratio = tuple[float, float, float]
@@ -199,7 +199,7 @@ def measure(case: Case, features_limit: float | None, peers: bool, exact_limit: 
             left_out.append(f"{name}: may take {needed / 2**30:.0f} GiB")
             continue
         try:
-            peaks[name] = peak(cleared(make()))
+            peaks[name] = peak_allocated(cleared(make()))
         except RuntimeError as error:  # a peer may not take every network
             left_out.append(f"{name}: {str(error).splitlines()[0]}")
             case.clear()

@@ -39,9 +39,9 @@ from benchmarks._cost_model import (
     messages,
     volume,
 )
-from benchmarks._peak import peak
 from benchmarks._processes import in_processes, recorded
 from detente.autograd.ranks import Ranks
+from detente.training.memory import peak_allocated
 
 RANKS = (2, 3, 4)
 LENGTHS = tuple(1 << power for power in range(10, 27, 2))  # 1 KB to 64 MB
@@ -240,7 +240,7 @@ def _peak(name: str, space: Space, options: dict[str, Any], shared: int, group: 
                 detente.backward(losses, method, **more)
                 losses = network()[1]
 
-    return network.sizes(dist.get_world_size()), peak(step)
+    return network.sizes(dist.get_world_size()), peak_allocated(step)
 
 
 # ---- outside

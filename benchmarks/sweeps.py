@@ -65,6 +65,7 @@ KILLED = (
     "8",
     "--batch-size",
     "64",
+    "--no-cost",
 )
 _PASSING = ("seconds", "seconds_per_step", "seconds_per_epoch", "started", "command", "peak_memory_bytes")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TINY = f"{HERE / 'tiny.py'}:Tiny"
-QUICK = ["--trials", "3", "--seeds", "2", "--epochs", "2", "--batch-size", "16", "--extend", "1"]
+QUICK = ["--trials", "3", "--seeds", "2", "--epochs", "2", "--batch-size", "16", "--extend", "1", "--no-cost"]
 # Of the clusters that tests start, so that Ray neither reads nor leaves a token in the home folder.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 

@@ -258,6 +258,7 @@ def test_examples_sweep(name: str, tmp_path: Path, call: Callable[..., tuple[int
         "1",
         "--seeds",
         "2",
+        "--no-cost",
         "--out",
         str(tmp_path / "s"),
     ]

@@ -55,6 +55,8 @@ class SweepConfig:
     """Join the Ray cluster at this address; all its machines must see the folder of the runs."""
     retries: int = 1
     """How often a run is started again whose worker died."""
+    cost: bool = True
+    """Measure at the end what a step of every chosen configuration costs beside one with fixed equal weights."""
 
     def mistakes(self) -> list[str]:
         """What is wrong with these numbers, whatever the problem; empty if nothing is.

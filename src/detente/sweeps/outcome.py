@@ -19,6 +19,7 @@ from detente.records.schema import OUTCOME, OUTCOME_SCHEMA
 from detente.statistics import compare, hypervolume, non_dominated, spread
 from detente.sweeps.asked import Failure
 from detente.sweeps.contenders import Contender
+from detente.sweeps.cost import sentences
 from detente.sweeps.plan import Choice, Plan, Planned
 from detente.sweeps.workers import Outcome
 
@@ -31,14 +32,21 @@ _RULES = {
 }
 
 
-def outcome(plan: Plan, results: Mapping[str, Outcome], command: str) -> dict[str, Any]:
+def outcome(
+    plan: Plan,
+    results: Mapping[str, Outcome],
+    command: str,
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Everything that can be said, in plain values.
 
     Args:
         plan: of the sweep.
         results: of its runs; some may be missing or have failed.
         command: for the record.
+        costs: of :func:`detente.sweeps.cost.costs`.
     """
+    costs = costs or {}
     choices = plan.choices(results)
     finals = {one.name: plan.finals(one, choices[one.name]) for one in plan.contenders if one.name in choices}
     tested = {
@@ -51,6 +59,7 @@ def outcome(plan: Plan, results: Mapping[str, Outcome], command: str) -> dict[st
     told = conditions(plan, choices)
     told += [f"Nothing was chosen for {name}: {why}." for name, why in plan.hindered(results).items()]
     told += [f"Nothing was compared: {hindrance}."] if hindrance else []
+    told += sentences(costs)
     return {
         "schema": OUTCOME_SCHEMA,
         "experiment": plan.experiment,
@@ -71,6 +80,7 @@ def outcome(plan: Plan, results: Mapping[str, Outcome], command: str) -> dict[st
             for one in plan.contenders
         ],
         "comparison": comparison,
+        "cost": {name: dict(cost) for name, cost in costs.items() if "reason" not in cost},
         "front": _front(plan, choices, results, tested),
         "failures": failures(plan, results),
     }
@@ -173,7 +183,8 @@ def tables(found: Mapping[str, Any], width: int) -> list[tuple[list[str], list[l
         ),
     )
     score = "Δm %" if comparison["score"] == "delta_m" else "change %"
-    header = ["contender", score, "rank", "verdict", "p", "lr", "options"]
+    cost = found["cost"]
+    header = ["contender", score, "rank", "verdict", "p", *(["cost"] if cost else []), "lr", "options"]
     rows = []
     for entry in order:
         choice, this = entry["choice"], said.get(entry["name"])
@@ -182,6 +193,8 @@ def tables(found: Mapping[str, Any], width: int) -> list[tuple[list[str], list[l
             best = comparison["best"]["stars"] if entry["name"] == comparison["best"]["best"] else ""
             row[1:] = [_plus_minus(this["score"], 1.0, ".2f") + best, f"{this['mean_rank']:.2f}"]
             row += _against(this)
+        if cost:
+            row.append(f"{cost[entry['name']]['relative']:.2f}" if entry["name"] in cost else "")
         row += ["nothing", "chosen"] if choice is None else [f"{choice['learning_rate']:g}", _shown(choice)]
         rows.append(row)
     metrics = found["main_metric"]
@@ -430,14 +443,21 @@ def _csv(found: Mapping[str, Any]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     columns = [f"{task} {part}" for task in tasks for part in ("mean", "deviation")]
     tests = ["score", "score deviation", "mean rank", "difference to reference", "p", "p adjusted", "verdict"]
+    spent = ["seconds_per_step", "relative", "peak_memory_bytes"]
     writer.writerow(
-        ["contender", "kind", "learning rate", "options", "tuning runs", "seeds", *columns, *tests]
+        [
+            *("contender", "kind", "learning rate", "options", "tuning runs", "seeds"),
+            *("seconds per step", "seconds relative to uniform", "peak memory bytes"),
+            *columns,
+            *tests,
+        ]
     )
     methods = (found["comparison"] or {"methods": {}})["methods"]
     for entry in found["contenders"]:
         choice = entry["choice"] or {"learning_rate": None, "options": [], "tuning_runs": None}
         row = [entry["name"], entry["kind"], choice["learning_rate"], "; ".join(choice["options"])]
         row += [choice["tuning_runs"], len(entry["seeds"])]
+        row += [found["cost"].get(entry["name"], {}).get(part) for part in spent]
         for task in tasks:
             test = entry["test"].get(task, {"mean": None, "deviation": None})
             row += [test["mean"], test["deviation"]]

@@ -18,6 +18,7 @@ from detente.records.atomic import plain, remove_unfinished, write_json
 from detente.records.lock import locked
 from detente.sweeps.asked import Failure, SweepConfig
 from detente.sweeps.contenders import BadSweep, Contender, Point, configured, contenders, decided
+from detente.sweeps.cost import costs
 from detente.sweeps.outcome import outcome, write_outcome
 from detente.sweeps.plan import VOLATILE, Plan, Planned, file_of
 from detente.sweeps.watch import State, watched
@@ -28,7 +29,7 @@ SCHEMA = 1
 PLAN = "sweep.json"
 RUNS = "runs"
 # What may differ between the command that began a sweep and one that goes on with it.
-_MAY_CHANGE = ("workers", "address", "retries")
+_MAY_CHANGE = ("workers", "address", "retries", "cost")
 
 
 class AnotherSweep(ValueError):
@@ -69,7 +70,8 @@ def plan_of(
     ]
     mistakes += asked.mistakes()
     try:
-        problem = experiment.build(parsed(()))
+        base = parsed(())
+        problem = experiment.build(base)
     except (ValueError, TypeError) as error:
         raise BadSweep([*mistakes, str(error)]) from error
     tasks = tuple(problem.tasks)
@@ -102,6 +104,7 @@ def plan_of(
         problem, "describe", dict
     )  # a protocol with a trainer of its own may have nothing to say
     plan.problem = plain(describe())
+    plan.base = base
     return plan
 
 
@@ -140,9 +143,11 @@ def sweep(
         (folder / RUNS).mkdir(exist_ok=True)
         results = stored_results(folder, plan)
         if plan.next(results):
-            workers: Workers = held.enter_context(closing(_workers(plan, folder)))
-            _carry_out(experiment, plan, folder, results, workers, quiet)
-        found = outcome(plan, results, command)
+            with closing(_workers(plan, folder)) as workers:
+                _carry_out(experiment, plan, folder, results, workers, quiet)
+        # The workers are gone, so that nothing of the sweep runs beside what is measured.
+        measured = costs(experiment, plan, plan.choices(results), folder, quiet) if plan.asked.cost else {}
+        found = outcome(plan, results, command, measured)
         write_outcome(folder, found)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -133,6 +133,27 @@ def _tested(
         images, targets, predictions = samples
         records.write_samples(images.cpu().numpy(), _arrays(targets), _arrays(predictions))
     return found
+
+
+def unrecorded_steps(problem: Problem, config: TrainingConfig, place: Path) -> Callable[[], None]:
+    """What takes the next training step each time it is called, epoch after epoch without end; nothing is recorded.
+
+    Args:
+        problem: what to learn; its network is a fresh one.
+        config: how; in one process.
+        place: an empty folder, which stays empty.
+    """
+    method, processes = create_method(problem, config), Processes(config.devices)
+    run = _Run(problem, config, method, processes, Unwritten(place), {}, quiet=True)
+    run.model.train()
+    batches: list[torch.Tensor] = []
+
+    def step() -> None:
+        if not batches:
+            batches.extend(torch.split(epoch_order(len(run.data), config.seed, 0), config.batch_size))
+        run.run_step(batches.pop(0))
+
+    return step
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
