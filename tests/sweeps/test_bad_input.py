@@ -169,12 +169,40 @@ def test_another_sweep_in_the_folder_is_told_and_kept(
     sweep: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     before = left_behind(sweep)
-    code, _, err = call(*BASE, "--seeds", "3", "--weight-decay", "0.1", "--out", str(sweep))
+    code, _, err = call(*BASE, "--trials", "4", "--weight-decay", "0.1", "--out", str(sweep))
     assert code == 2
-    assert "asked.seeds is 2 there and 3 here" in err
+    assert "asked.trials is 3 there and 4 here" in err
     assert "contenders.uniform.config.weight_decay is 0.0 there and 0.1 here" in err
     assert "detente sweep" in err, "the command that goes on"
     assert left_behind(sweep) == before
+
+
+def test_a_sweep_may_grow_and_not_shrink(sweep: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    before = {path.parent.name: path.read_bytes() for path in sweep.glob("runs/*/result.json")}
+    more = [
+        *BASE[:2],
+        "--methods",
+        "uniform",
+        "cagrad",
+        "mgda",
+        *BASE[5:],
+        "--seeds",
+        "3",
+        "--out",
+        str(sweep),
+    ]
+    assert call(*more)[0] == 0
+    after = {path.parent.name: path.read_bytes() for path in sweep.glob("runs/*/result.json")}
+    assert before.items() <= after.items(), "what was there is neither repeated nor lost"
+    outcome = json.loads((sweep / "outcome.json").read_text())
+    assert [sorted(one["seeds"]) for one in outcome["contenders"]] == [["0", "1", "2"]] * 3
+    stored = json.loads((sweep / "sweep.json").read_text())
+    assert sorted(stored["contenders"]) == ["cagrad (exact)", "mgda (exact)", "uniform"]
+    code, _, err = call(*BASE, "--out", str(sweep))
+    assert code == 2
+    assert "asked.seeds is 3 there and 2 here" in err
+    assert "contenders.cagrad (exact)" in err
+    assert "further methods and more seeds may be added" in err
 
 
 def test_what_changes_no_number_may_differ(sweep: Path, call: Callable[..., tuple[int, str, str]]) -> None:

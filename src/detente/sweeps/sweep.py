@@ -30,6 +30,8 @@ PLAN = "sweep.json"
 RUNS = "runs"
 # What may differ between the command that began a sweep and one that goes on with it.
 _MAY_CHANGE = ("workers", "address", "retries", "cost")
+# What may be added to: no run that is there depends on it. (The values of a grid are told with each contender.)
+_MAY_GROW = ("asked.methods", "asked.also", "asked.grid", "asked.seeds")
 
 
 class AnotherSweep(ValueError):
@@ -303,10 +305,10 @@ def _refused(
 
 
 def _same_conditions(folder: Path, plan: Plan, command: str) -> None:
-    """Write the plan, or see that the one there is the same.
+    """Write the plan, or see that the one there is the same, or a part of it.
 
     Raises:
-        AnotherSweep: it is not.
+        AnotherSweep: it is neither.
         RecordError: it cannot be read.
     """
     conditions = plain(
@@ -343,11 +345,18 @@ def _same_conditions(folder: Path, plan: Plan, command: str) -> None:
             f"{path} has schema {there['schema']!r}, and this version of detente reads {SCHEMA}: go on with the "
             "version that wrote it, or choose another --out."
         )
-    found = differences(there, conditions, ignore=("command",))
+    added = [f"contenders.{name}" for name in conditions["contenders"] if name not in there["contenders"]]
+    files = [f"files.{name}" for name in conditions["files"] if name not in there["files"]]
+    found = differences(there, conditions, ignore=("command", *_MAY_GROW, *added, *files))
+    seeds = there["asked"]["seeds"]
+    if conditions["asked"]["seeds"] < seeds:
+        found.append(("asked.seeds", seeds, conditions["asked"]["seeds"]))
     if found:
         shown = [f"{key} is {one!r} there and {other!r} here" for key, one, other in found[:6]]
         shown += [f"and {len(found) - 6} more"] if len(found) > 6 else []
         raise AnotherSweep(
             f"{folder} holds a sweep under other conditions: {'; '.join(shown)}. Its command was: {there['command']}. "
-            "Repeat that, or choose another --out."
+            "Repeat that (further methods and more seeds may be added to it), or choose another --out."
         )
+    if differences(there, conditions, ignore=("command",)):
+        write_json(path, {**conditions, "command": command})
