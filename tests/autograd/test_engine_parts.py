@@ -14,7 +14,7 @@ import detente
 from detente.autograd.flat import Layout, accumulate, finite, probes
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
-from detente.autograd.partition import Memory, as_tensors, walk
+from detente.autograd.partition import Memory, as_tensors, gradient_edge, walk
 
 
 @pytest.mark.parametrize("columns", [1, 7, (1 << 17) // 3 - 1, (1 << 17) // 3 + 1])
@@ -203,6 +203,31 @@ def test_a_diamond_hands_down_every_loss() -> None:
     x = a * b
     found = walk([x + b, x * 2, c * 1, b])
     assert found.leaves == {a: 0b0011, b: 0b1011, c: 0b0100}
+
+
+def test_leaves_come_in_the_order_of_their_first_use() -> None:
+    a, b, c, d = (nn.Parameter(torch.full((1,), float(number))) for number in range(4))
+    first = a * b
+    second = first * c + a  # a again
+    losses = [(second * b).sum(), (second + first).sum() * d, d]
+    assert list(walk(losses).leaves) == [a, b, c, d]
+    assert list(walk(losses[::-1]).leaves) == [a, b, c, d]
+    early, between = a * 1, b * 1
+    for roots in ([early, between * a], [between * a, early]):
+        assert list(walk(roots).leaves) == [a, b]
+
+
+def test_a_walk_ends_where_it_is_told_to() -> None:
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    z = a * b
+    stop = gradient_edge(z)
+    one = walk([(z * c).sum()], [stop])
+    assert one.leaves == {c: 1} and one.stops == {stop: 1} and not one.overlap
+    two = walk([z * c, z * a, z], [stop])
+    assert two.leaves == {c: 0b001, a: 0b010} and two.stops == {stop: 0b111} and not two.overlap
+    assert walk([z * c]).leaves == {a: 1, b: 1, c: 1}
+    twice = z * c
+    assert walk([twice, twice]).overlap and walk([twice, twice]).leaves == {a: 3, b: 3, c: 3}
 
 
 def test_a_step_inside_no_grad_is_a_step() -> None:

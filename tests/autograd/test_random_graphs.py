@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from twins.engine import TOLERANCE, Spy, Weighting, assert_grads, expected, gradient, row
-from twins.graphs import OPERATIONS, Plan, Pool, whole_of
+from twins.graphs import OPERATIONS, WIDTH, Plan, Pool, whole_of
 
 import detente
 
@@ -33,9 +34,23 @@ def _weights(losses: dict[str, torch.Tensor]) -> list[float]:
     return [0.4 + 1.3 * task for task in range(len(losses))]
 
 
-@settings(max_examples=60)
-@given(plans(), st.sampled_from(["exact", "batched", "low", "layer", "weighting"]))
+def _everywhere(spans: object, waiting: list[int], allowed: int) -> tuple[float, list[int]]:
+    """A cut before every node: so small a graph would hardly be cut at all."""
+    return 0.0, list(range(len(waiting)))
+
+
+@settings(max_examples=70)
+@given(plans(), st.sampled_from(["exact", "batched", "low", "cut", "layer", "weighting"]))
 def test_modes_on_parameters(plan: Plan, mode: str) -> None:
+    with mock.patch("detente.autograd.rows._LARGE", WIDTH * 2):  # small and large ones
+        if mode == "cut":
+            with mock.patch("detente.autograd.segments._cuts", _everywhere):
+                _mode_on_parameters(plan, "low")
+        else:
+            _mode_on_parameters(plan, mode)
+
+
+def _mode_on_parameters(plan: Plan, mode: str) -> None:
     pool = Pool(plan)
     losses, _ = pool.run()
     assume(all(loss.requires_grad for loss in losses.values()))

@@ -40,7 +40,7 @@ class Network(nn.Module):
 
 
 def step(network: Network, method: Any, seed: int, **options: Any) -> detente.StepRecord:
-    x = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return detente.backward(network(x), method, **options)
 
 
@@ -65,6 +65,13 @@ def test_every_method_that_gives_weights(name: str, scale: Any) -> None:
             if one.grad is not None:
                 torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=1e-13)
             one.grad = other.grad = None
+
+
+def test_one_segment_is_called_one() -> None:
+    trunk = nn.Linear(3, 2)
+    z = trunk(torch.ones(4, 3))
+    record = detente.backward([z[:, 0].sum(), z[:, 1].sum()], detente.create("mgda"), memory="low")
+    assert record.notes == ("memory='low': task gradients were taken in 1 segment and not kept",)
 
 
 def test_under_a_scaler() -> None:

@@ -162,7 +162,10 @@ class _AddedRows(Rows):
         self.layout, self.jacobian, self.places, self.factors = layout, jacobian, places, factors
         self._row = memory.buffer(1, layout.columns, layout.like)[0]
 
-    def write(self, task: int, gradients: Sequence[torch.Tensor | None]) -> None:
+    def row(self, task: int) -> torch.Tensor:
+        """[P] for the gradients of one task at a time."""
+        return self._row
+
+    def filled(self, task: int) -> None:
         """Add a task's gradients."""
-        self.layout.write(self._row, gradients)
         self.jacobian[self.places[task]].add_(self._row, alpha=self.factors[task])

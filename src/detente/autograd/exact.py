@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from detente.autograd.blocks import block_gramians
-from detente.autograd.flat import Gradients, Layout, gradients_of, present, seeds_of
+from detente.autograd.flat import Gradients, Layout, gradients_of, lay, present, seeds_of
 from detente.autograd.gramian import gramian
-from detente.autograd.partition import Memory, Partition
+from detente.autograd.partition import Memory, Partition, gradient_edge
 from detente.autograd.reduction import Reduction
-from detente.autograd.rows import Rows
+from detente.autograd.rows import Arrivals, Rows
 from detente.values import Space
 
 
@@ -149,27 +150,46 @@ def exact_pass(
     rows = Rows(Layout(partition.shared), len(losses), memory) if rows is None else rows
     if batched:
         own, touched = _batched(losses, partition, rows, retain_graph)
-        return ExactPass(
-            losses, "exact", rows.jacobian, own, columns=partition.shared, touched=touched, rows=rows
-        )
-    own, touched = [], set()
-    last = len(losses) - 1
-    for task, loss in enumerate(losses):
-        wanted = [
-            tensor
-            for tensor, mask in zip(partition.shared, partition.reached, strict=True)
-            if mask >> task & 1
-        ]
-        mine = partition.own[task]
-        found = gradients_of([loss], [*wanted, *mine], None, retain_graph=retain_graph or task < last)
-        by_tensor = dict(present(wanted, found[: len(wanted)]))
-        touched |= by_tensor.keys()
-        rows.write(task, [by_tensor.get(tensor) for tensor in partition.shared])
-        own.append(present(mine, found[len(wanted) :]))
-        del found, by_tensor  # their memory serves the next task's gradients
+    else:
+        own, touched = _one_by_one(losses, partition, rows, retain_graph)
     return ExactPass(
         losses, "exact", rows.jacobian, own, columns=partition.shared, touched=touched, rows=rows
     )
+
+
+def _one_by_one(
+    losses: Sequence[torch.Tensor], partition: Partition, rows: Rows, retain_graph: bool
+) -> tuple[list[Gradients], set[torch.Tensor]]:
+    own: list[Gradients] = []
+    touched: set[torch.Tensor] = set()
+    columns = partition.shared
+    arrivals = Arrivals(columns)
+    last = len(losses) - 1
+    with arrivals.awaited():
+        for task, loss in enumerate(losses):
+            row, mine = rows.row(task), partition.own[task]
+            wanted = [place for place, mask in enumerate(partition.reached) if mask >> task & 1]
+            inputs = [*(columns[place] for place in wanted), *mine]
+            roots = [gradient_edge(loss)[0]] if loss.requires_grad else []
+            places = rows.layout.places(row)
+            with arrivals.of_backward(roots, partial(_lay_one, places)):
+                found = gradients_of([loss], inputs, None, retain_graph=retain_graph or task < last)
+            left = dict(zip(wanted, found, strict=False))
+            touched |= {columns[place] for place in wanted if left[place] is not None}
+            if arrivals.taken:
+                for place, piece in enumerate(places):
+                    if place not in arrivals.taken:
+                        lay(piece, left.get(place))
+            else:
+                rows.layout.write(row, [left.get(place) for place in range(len(columns))])
+            rows.filled(task)
+            own.append(present(mine, found[len(wanted) :]))
+            del found, left  # their memory serves the next task's gradients
+    return own, touched
+
+
+def _lay_one(places: Sequence[torch.Tensor], number: int, gradient: torch.Tensor) -> None:
+    lay(places[number], gradient)
 
 
 def _batched(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 
 # Columns whose weighted sum is taken at once.
 _GROUP = 1 << 20
+# Entries of a tensor on the CPU below which a call costs more than the reading.
+_SMALL = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,25 @@ class Layout:
 
     tensors: tuple[torch.Tensor, ...]
 
+    @cached_property
+    def widths(self) -> list[int]:
+        """The number of real numbers in each tensor."""
+        return [_width(tensor) for tensor in self.tensors]
+
     @property
     def columns(self) -> int:
         """P, the number of real numbers in all tensors together."""
-        return sum(map(_width, self.tensors))
+        return sum(self.widths)
 
     @property
     def like(self) -> torch.Tensor:
         """An empty tensor of the real dtype that holds every tensor's gradient, on the first one's device."""
         dtype = reduce(torch.promote_types, (tensor.dtype.to_real() for tensor in self.tensors))
         return torch.empty(0, dtype=dtype, device=self.tensors[0].device)
+
+    def places(self, row: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Where in ``row`` [P] each tensor's gradient lies, for :func:`lay`."""
+        return torch.split(row, self.widths)
 
     def write(self, row: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> None:
         """Fill ``row`` [P] with one gradient per tensor; None and sparse gradients are written out."""
@@ -65,12 +76,24 @@ class Layout:
 
     def split_columns(self, jacobian: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[T, ·] views of ``jacobian`` [T, P], one for each tensor."""
-        return torch.split(jacobian, [_width(tensor) for tensor in self.tensors], dim=1)
+        return torch.split(jacobian, self.widths, dim=1)
 
     def split(self, row: torch.Tensor) -> list[torch.Tensor]:
         """Views of ``row`` [P], one in the shape of each tensor (a copy where dtype or device differ)."""
-        pieces = torch.split(row, [_width(tensor) for tensor in self.tensors])
+        pieces = torch.split(row, self.widths)
         return [_shaped(piece, tensor) for tensor, piece in zip(self.tensors, pieces, strict=True)]
+
+
+def lay(place: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    """Fill one of the :meth:`Layout.places` with a gradient; None and a sparse one are written out."""
+    if gradient is None:
+        place.zero_()
+        return
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient.resolve_conj())
+    place.view(gradient.shape).copy_(gradient)
 
 
 def _width(tensor: torch.Tensor) -> int:
@@ -133,12 +156,15 @@ def seeds_of(losses: Sequence[torch.Tensor], weights: torch.Tensor) -> list[torc
 def probes(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """For each gradient a scalar on its device that is NaN or Inf if an entry is.
 
-    On the CPU the sum, the fastest to take. It may overflow where every entry is finite: :func:`finite` looks again.
+    On the CPU the norm of many small tensors, taken in one call, and the sum of large ones, the fastest of all. Both
+    may overflow where every entry is finite: :func:`finite` looks again.
     """
     parts = [_entries(gradient) for gradient in gradients]
     if any(part.device.type != "cpu" for part in parts):  # one launch for many tensors
         filled = [part if part.numel() else part.new_zeros(1) for part in parts]
         return list(torch._foreach_norm(filled, ord=float("inf")))
+    if sum(part.numel() for part in parts) < len(parts) * _SMALL:
+        return list(torch._foreach_norm(parts))
     return [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts]
 
 

@@ -2,8 +2,8 @@
 
 Each task's gradient is carried backward through a segment, the inner products of what it leaves in the segment's
 parameters are added to the Gramian, and the rows are let go. Once the weights are known, one weighted backward gives
-the gradients. Work: T + 1 backwards instead of T. Memory beside the graph: T rows of the largest parameter, and the T
-gradients that wait at the edges between two segments.
+the gradients. Work: T + 1 backwards instead of T. Memory beside the graph: T rows of one segment's parameters, of the
+largest one at least, and the T gradients that wait at the edges between two segments.
 
 On several processes the rows of a few parameters are added over the ranks before their inner products are taken, in an
 order of the parameters that all ranks agree on; each rank takes the products of its part of the columns.
@@ -11,9 +11,10 @@ order of the parameters that all ranks agree on; each rank takes the products of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from detente.autograd.exact import Pass
 from detente.autograd.flat import Gradients, Layout, gradients_of, present, seeds_of
 from detente.autograd.partition import Edge, Memory, Partition, gradient_edge
 from detente.autograd.reduction import Reduction
+from detente.autograd.rows import Arrivals
 from detente.autograd.segments import Segment, segments_of
 
 
@@ -76,43 +78,36 @@ def low_pass(
         retain_graph: keep the graph after the weighted backward.
         reduction: on several processes, what makes the whole of the ranks' parts.
     """
-    tasks = len(losses)
-    sizes = {tensor: Layout((tensor,)).columns for tensor in partition.shared}
-    limit = max(sizes.values())
-    mine: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in losses]
-    owned = [set(tensors) for tensors in partition.own]
-    own_sizes = {tensor: 0 for tensors in partition.own for tensor in tensors if tensor not in sizes}
+    tasks, layout = len(losses), Layout(partition.shared)
+    sizes = dict(zip(partition.shared, layout.widths, strict=True))
+    counted = {tensor: 0 for tensors in partition.own for tensor in tensors}
+    bytes_each = layout.like.element_size()
+    counted |= {tensor: bytes_each * size for tensor, size in sizes.items()}
     here = [loss for loss in losses if loss.requires_grad]
-    segments = segments_of(here, {**sizes, **own_sizes}, limit) if here else []
+    segments = segments_of(here, counted, tasks) if here else []
     endings = [[leaf for leaf in segment.complete if leaf in sizes] for segment in segments]
     groups = [ending for ending in endings if ending]
     if reduction is not None:
-        groups = in_common_order(groups, partition.shared, sizes, limit, reduction.ranks)
+        groups = in_common_order(groups, partition.shared, sizes, max(sizes.values()), reduction.ranks)
     known = {leaf for ending in endings for leaf in ending}
     buckets = Buckets(groups, known, tasks, memory, None if reduction is None else reduction.ranks)
     # What waits at the edges: for each task the gradients that have left the segments done so far.
     waiting: list[dict[Edge, torch.Tensor]] = [
         {gradient_edge(loss): torch.ones_like(loss)} if loss.requires_grad else {} for loss in losses
     ]
-    # Gradients of parameters that several segments feed, until the last of these is done.
-    partial: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in losses]
-    touched: set[torch.Tensor] = set()
+    left = _Left(partition.own, tasks, buckets)
     for segment, ending in zip(segments, endings, strict=True):
-        with _held_at(segment.leaving):
+        arrivals, ends = Arrivals(segment.leaves), frozenset(ending)
+        with _held_at(segment.leaving), arrivals.awaited():
             for task in range(tasks):
-                found = _carry(segment, waiting[task])
-                for leaf, gradient in found.items():
-                    held = mine[task] if leaf in owned[task] else partial[task]
-                    held[leaf] = held[leaf] + gradient if leaf in held else gradient
-                del found
-                for leaf in ending:  # at once into one matrix, so that no gradient is held twice
-                    if leaf in partial[task]:
-                        touched.add(leaf)
-                        buckets.take(task, leaf, partial[task].pop(leaf))
+                receive = partial(left.receive, task, segment.leaves, ends)
+                for place, gradient in _carry(segment, waiting[task], arrivals, receive):
+                    receive(place, gradient)
+                left.close(task, ending)
         buckets.complete(ending)
     own = [
         [(tensor, held[tensor]) for tensor in tensors if tensor in held]
-        for tensors, held in zip(partition.own, mine, strict=True)
+        for tensors, held in zip(partition.own, left.own, strict=True)
     ]
     return LowPass(
         losses,
@@ -121,7 +116,7 @@ def low_pass(
         columns=partition.shared,
         reduction=reduction,
         partial=reduction is not None,
-        reached=touched | {tensor for task in own for tensor, _ in task},
+        reached=left.touched | {tensor for task in own for tensor, _ in task},
         partition=partition,
         gramian=buckets.gramian.to(losses[0].device),
         segments=len(segments) if reduction is None else len(groups),
@@ -129,24 +124,80 @@ def low_pass(
     )
 
 
-def _carry(segment: Segment, waiting: dict[Edge, torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+class _Left:
+    """What the tasks' gradients leave in the leaves of the segments.
+
+    Args:
+        owned: for each task its own parameters.
+        tasks: T.
+        buckets: where the rows of shared parameters are put together.
+
+    Attributes:
+        own: for each task the gradients of its own parameters.
+        touched: shared parameters that some task has a gradient for.
+    """
+
+    def __init__(self, owned: Sequence[Sequence[torch.Tensor]], tasks: int, buckets: Buckets) -> None:
+        self.own: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in range(tasks)]
+        self.touched: set[torch.Tensor] = set()
+        self._owned, self._buckets = [set(tensors) for tensors in owned], buckets
+        # Gradients of parameters that several segments feed, until the last of these is done.
+        self._begun: list[dict[torch.Tensor, torch.Tensor]] = [{} for _ in range(tasks)]
+
+    def receive(
+        self,
+        task: int,
+        leaves: Sequence[torch.Tensor],
+        ends: frozenset[torch.Tensor],
+        place: int,
+        gradient: torch.Tensor,
+    ) -> None:
+        """The gradient of one of the leaves of a segment; ``ends`` are those that no later segment feeds."""
+        leaf = leaves[place]
+        if leaf in ends and leaf not in self._begun[task]:
+            # At once, so that no task's gradients are held twice.
+            self.touched.add(leaf)
+            self._buckets.take(task, leaf, gradient)
+            return
+        held = self.own[task] if leaf in self._owned[task] else self._begun[task]
+        held[leaf] = held[leaf] + gradient if leaf in held else gradient
+
+    def close(self, task: int, ending: Sequence[torch.Tensor]) -> None:
+        """A task is through the last segment that feeds these."""
+        for leaf in ending:
+            if leaf in self._begun[task]:
+                self.touched.add(leaf)
+                self._buckets.take(task, leaf, self._begun[task].pop(leaf))
+
+
+def _carry(
+    segment: Segment,
+    waiting: dict[Edge, torch.Tensor],
+    arrivals: Arrivals,
+    receive: Callable[[int, torch.Tensor], None],
+) -> list[tuple[int, torch.Tensor]]:
     """One task's gradient through one segment, from the edges where it waits to those by which it leaves.
 
     Returns:
-        The gradients it leaves in the segment's leaves.
+        Places and gradients of those of the segment's leaves that ``receive`` did not get.
     """
     entering = [edge for edge in waiting if edge[0] in segment.nodes]
     wanted: list[Any] = [*(GradientEdge(*edge) for edge in segment.leaving), *segment.leaves]
     if not entering or not wanted:
-        return {}
+        return []
     seeds = [waiting.pop(edge) for edge in entering]
-    found = torch.autograd.grad(
-        [GradientEdge(*edge) for edge in entering], wanted, seeds, retain_graph=True, allow_unused=True
-    )
+    with arrivals.of_backward([node for node, _ in entering], receive):
+        found = torch.autograd.grad(
+            [GradientEdge(*edge) for edge in entering], wanted, seeds, retain_graph=True, allow_unused=True
+        )
     for edge, gradient in zip(segment.leaving, found, strict=False):
         if gradient is not None:
             waiting[edge] = waiting[edge] + gradient if edge in waiting else gradient
-    return dict(present(segment.leaves, found[len(segment.leaving) :]))
+    return [
+        (place, gradient)
+        for place, gradient in enumerate(found[len(segment.leaving) :])
+        if gradient is not None and place not in arrivals.taken
+    ]
 
 
 @contextmanager

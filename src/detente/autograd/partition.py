@@ -20,6 +20,8 @@ from detente.autograd.ranks import Ranks
 Parameters: TypeAlias = torch.Tensor | nn.Module | Iterable["torch.Tensor | nn.Module"]
 Edge: TypeAlias = tuple[Node, int]
 
+_ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # the class of the nodes of leaves
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -87,8 +89,7 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
     barrier = frozenset(stops)
     masks: dict[Node, int] = {}
     stopped: dict[Edge, int] = {}
-    entered: dict[Edge, int] = {}  # by which output the roots enter each compiled node
-    heads: list[Node] = []
+    entered: dict[Edge, int] = {}  # by which output each compiled node is entered
     for bit, root in enumerate(roots):
         if not root.requires_grad:
             continue
@@ -98,71 +99,93 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = (), *, named: bo
             continue
         masks[edge[0]] = masks.get(edge[0], 0) | 1 << bit
         entered[edge] = entered.get(edge, 0) | 1 << bit
-        heads.append(edge[0])
 
-    # First pass: every node once, its children, and how many parents it waits for.
-    children: dict[Node, list[Edge]] = {}
-    waiting: dict[Node, int] = dict.fromkeys(heads, 0)
-    variables: dict[Node, torch.Tensor] = {}
-    compiled: set[Node] = set()
-    todo = list(heads)
+    # First pass: every inner node once, and the order in which they were left, children before parents. It runs in
+    # every step over thousands of nodes: one look at each edge, and at each class of nodes.
+    edges_of: dict[Node, tuple[Any, ...]] = {}
+    left: dict[Node, None] = {}
+    leaves: dict[Node, torch.Tensor] = {}
+    used: dict[Node, tuple[int, int]] = {}  # when the forward pass first used each leaf
+    known: set[type] = set()
+    compiled: set[type] = set()
+    todo = []
+    for node in masks:
+        if type(node) is _ACCUMULATE:
+            leaves[node] = _variable(node)
+        else:
+            todo.append(node)
     while todo:
-        node = todo.pop()
-        if node in children:
+        node = todo[-1]
+        if node in edges_of:
+            left[todo.pop()] = None
             continue
-        edges = children[node] = [
-            (child, number) for child, number in node.next_functions if child is not None
-        ]
-        if not edges and (variable := getattr(node, "variable", None)) is not None:
-            variables[node] = variable
-            continue
-        name = type(node).__name__  # node.name() may be hidden by what a function keeps in its context
-        if name.startswith("CheckpointFunction"):
-            raise ValueError(
-                "the graph holds reentrant activation checkpointing, which task gradients cannot pass; "
-                "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            )
-        if name.startswith("CompiledFunction"):
-            compiled.add(node)
+        if (kind := type(node)) not in known:
+            known.add(kind)
+            if _is_compiled(kind):
+                compiled.add(kind)
+        edges: tuple[Any, ...] = node.next_functions
+        edges_of[node] = edges
         for edge in edges:
-            if edge in barrier:
-                continue
             child = edge[0]
-            waiting[child] = waiting.get(child, 0) + 1
-            if child not in children:
+            if child is None or child in edges_of or (barrier and edge in barrier):
+                continue
+            if type(child) is _ACCUMULATE:
+                use = (node._sequence_nr(), edges.index(edge))
+                if child not in leaves:
+                    leaves[child] = _variable(child)
+                if use < used.get(child, (use[0] + 1, 0)):
+                    used[child] = use
+            else:
                 todo.append(child)
 
-    # Second pass, parents before children: hand the masks down.
-    overlap = False
-    used: dict[Node, tuple[int, int]] = {}  # when the forward pass first used each leaf
-    ready = [node for node in dict.fromkeys(heads) if waiting[node] == 0]
-    while ready:
-        node = ready.pop()
-        mask = masks[node]
-        if node in variables:
-            continue
-        overlap = overlap or mask & (mask - 1) != 0
-        for place, edge in enumerate(children[node]):
-            if edge in barrier:
-                stopped[edge] = stopped.get(edge, 0) | mask
-                continue
-            child = edge[0]
-            if child in variables:
-                use = (node._sequence_nr(), place)
-                used[child] = min(use, used.get(child, use))
-            masks[child] = masks.get(child, 0) | mask
-            if child in compiled:
-                entered[edge] = entered.get(edge, 0) | mask
-            waiting[child] -= 1
-            if waiting[child] == 0:
-                ready.append(child)
-    if not named and any(mask != masks[node] for (node, _), mask in entered.items() if node in compiled):
-        raise CompiledModel(
-            "the model was compiled as one piece, so its graph does not tell shared from task-specific parameters. "
-            "Name the shared ones with shared=, or compile the trunk and the heads separately."
+    # Second pass, parents before children: hand the masks down. A lone root has nothing to tell apart.
+    overlap = any(masks[node] & (masks[node] - 1) for node in masks if node in edges_of)
+    if len(masks) == 1 and not barrier:
+        masks = dict.fromkeys(leaves, *masks.values())
+    else:
+        for node in reversed(left):
+            mask = masks[node]
+            overlap = overlap or mask & (mask - 1) != 0
+            for edge in edges_of[node]:
+                child = edge[0]
+                if child is None:
+                    continue
+                if barrier and edge in barrier:
+                    stopped[edge] = stopped.get(edge, 0) | mask
+                    continue
+                masks[child] = masks.get(child, 0) | mask
+                if type(child) in compiled:
+                    entered[edge] = entered.get(edge, 0) | mask
+        if not named and any(
+            type(node) in compiled and mask != masks[node] for (node, _), mask in entered.items()
+        ):
+            raise CompiledModel(
+                "the model was compiled as one piece, so its graph does not tell shared from task-specific parameters. "
+                "Name the shared ones with shared=, or compile the trunk and the heads separately."
+            )
+    in_order = sorted(leaves, key=lambda node: used.get(node, (0, 0)))
+    return Walk({leaves[node]: masks[node] for node in in_order}, stopped, overlap)
+
+
+def _variable(node: Any) -> torch.Tensor:
+    """The leaf behind an accumulating node."""
+    variable: torch.Tensor = node.variable
+    return variable
+
+
+def _is_compiled(kind: type) -> bool:
+    """Whether nodes of this class hold a compiled part of the model.
+
+    Raises:
+        ValueError: they hold reentrant activation checkpointing.
+    """
+    name = kind.__name__  # node.name() may be hidden by what a function keeps in its context
+    if name.startswith("CheckpointFunction"):
+        raise ValueError(
+            "the graph holds reentrant activation checkpointing, which task gradients cannot pass; "
+            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
-    in_order = sorted(variables, key=lambda node: used.get(node, (0, 0)))
-    return Walk({variables[node]: masks[node] for node in in_order}, stopped, overlap)
+    return name.startswith("CompiledFunction")
 
 
 class CompiledModel(ValueError):

@@ -38,7 +38,7 @@ from detente.step.recording import record_of, undone_on_failure
 from detente.step.taking import Features, MemoryMode
 from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
-LOW = "memory='low': task gradients were taken in {} segments and not kept"
+LOW = "memory='low': task gradients were taken in {} and not kept"
 NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
 NO_SHARED_WEIGHTED = "no shared parameters: every parameter takes the weighted gradient of its own loss"
 
@@ -86,8 +86,8 @@ def backward(
             ``sum`` or ``mean`` gradient, or ``unit``. Own parameters are not scaled; zero stays zero.
         memory: ``fast``: one backward per task; ``batched``: one vectorised backward (every task walks all heads);
             ``low``: the same Gramian without keeping T gradients: the graph is walked in segments, and one weighted
-            backward follows (T + 1 backwards; beside the graph T times the largest parameter, and the gradients that
-            wait between two segments). Then only methods that give weights from inner products or losses. With
+            backward follows (T + 1 backwards; beside the graph T rows of one segment's parameters, and the gradients
+            that wait between two segments). Then only methods that give weights from inner products or losses. With
             ``features`` or ``solve_on`` all are the same.
         measure: take task gradients for the record also for methods that do not need them.
         extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
@@ -242,7 +242,7 @@ def _decide(taken: Taken, step: Prepared, method: Method, heads: Heads, scale: S
         combination = of_first_rank(method.combine(taken.gradients), step)
         record = record_of(taken.gradients, combination)
         if isinstance(graph, LowPass):
-            record = replace(record, notes=(*record.notes, LOW.format(graph.segments)))
+            record = replace(record, notes=(*record.notes, LOW.format(_segments(graph.segments))))
         apply(taken, combination, heads=heads, scale=scale)
     return record
 
@@ -400,3 +400,7 @@ def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
         one_of("heads", heads, ("own", "weighted"))
     one_of("scale", scale, ("native", "sum", "mean", "unit"))
     one_of("memory", memory, ("fast", "batched", "low"))
+
+
+def _segments(count: int) -> str:
+    return f"{count} segment" if count == 1 else f"{count} segments"
