@@ -221,6 +221,14 @@ def _peaks(ranks: int, shared: int) -> list[tuple[Sizes, int]]:
 
 
 def _peak(name: str, space: Space, options: dict[str, Any], shared: int, group: Any) -> tuple[Sizes, int]:
+    # Gloo's threads let go of their copies when they come to it, on a busy machine later: the least counts.
+    found = [_peak_once(name, space, options, shared, group) for _ in range(3)]
+    return found[0][0], min(counted for _, counted in found)
+
+
+def _peak_once(
+    name: str, space: Space, options: dict[str, Any], shared: int, group: Any
+) -> tuple[Sizes, int]:
     network, method = Layers(shared, MEMORY_TASKS), detente.create(name)
     parts = options.get("micro_batches", 1)
     more: dict[str, Any] = {"memory": options.get("memory", "fast"), "process_group": group}
