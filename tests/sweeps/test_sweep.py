@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import shutil
 import subprocess
@@ -269,3 +270,22 @@ def test_examples_sweep(name: str, tmp_path: Path, call: Callable[..., tuple[int
     assert found["failures"] == {}
     stored = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert len(stored["files"]) == 2 and all(len(mark) == 64 for mark in stored["files"].values())
+
+
+def test_the_report_of_a_sweep_tells_its_outcome(
+    finished: Path, outcome: dict[str, Any], tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    page = tmp_path / "report.html"
+    code, _, err = call("report", str(finished), "--output", str(page))
+    assert code == 0, err
+    text = page.read_text(encoding="utf-8")
+    for one in outcome["contenders"]:
+        assert one["name"] in text
+    for told in outcome["conditions"]:
+        assert html.escape(told) in text
+    said = outcome["comparison"]["methods"]["cagrad (exact)"]
+    assert f"{said['score']['mean']:+.2f}".replace("-", "−") in text
+    # Runs that only tuned are no contenders' runs.
+    chosen = {name for one in outcome["contenders"] for name in one["runs"]}
+    tuning = {path.name for path in (finished / "runs").iterdir()} - chosen
+    assert tuning and not any(f"{name}<" in text for name in tuning)
