@@ -76,6 +76,65 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_killed_worker_is_retried_and_a_killed_sweep_goes_on_as_if_nothing_had_happened(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    arguments = [*ASKED, "--out", str(folder), "--workers", "2"]
+    sweep = start(*arguments)
+    try:
+        first = until(lambda: writers(folder), 300, "run with a checkpoint")
+        process, run = next(iter(first.items()))
+        os.kill(process, signal.SIGKILL)
+        until(lambda: (run / "result.json").exists(), 120, "end of the run whose worker was killed")
+        assert sweep.poll() is None
+        busy = until(lambda: writers(folder), 120, "further run")
+    finally:
+        sweep.kill()
+        sweep.communicate()
+    # Nobody goes on writing to the folder for long.
+    until(lambda: not any(map(alive, busy)), 60, "end of the workers of a killed sweep")
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}
+    _, err = finish(start(*arguments))
+    assert "Traceback" not in err and "Warning" not in err
+    # Of finished runs only those are touched that are measured on test data.
+    again = [path.parent.name for path, before in done.items() if path.stat().st_mtime_ns != before]
+    tested = [path.parent.name for path in done if json.loads(path.read_text())["metrics"]]
+    assert set(again) <= set(tested)
+    assert left_behind(folder) == left_behind(undisturbed)
+
+
+def test_a_worker_that_dies_again_and_again_is_a_failure_with_a_reason(tmp_path: Path) -> None:
+    file = tmp_path / "deadly.py"
+    file.write_text(
+        (HERE / "tiny.py").read_text()
+        + """
+
+import os, signal
+
+class Deadly(Tiny):
+    def __init__(self, config):
+        self.deadly = config.learning_rate == 0.1
+
+    def losses(self, output, labels):
+        if self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().losses(output, labels)
+"""
+    )
+    # Named by a relative path, from where the command is given.
+    arguments = ["sweep", "deadly.py:Deadly", *ASKED[2:], "--epochs", "2", "--trials", "2", "--extend", "0"]
+    arguments += ["--methods", "uniform", "--out", "sweep", "--workers", "2", "--json"]
+    process = start(*arguments, cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    found = json.loads(out)
+    assert len(found["failures"]) == 1
+    assert all("its worker died 2 times" in reason for reason in found["failures"].values())
+    (one,) = found["contenders"]
+    assert one["choice"]["learning_rate"] == 0.01 and one["choice"]["failed"] == 1
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """The address of a cluster of this machine that was there before; its workers live in another folder."""
