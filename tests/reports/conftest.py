@@ -34,8 +34,14 @@ def make_run(
     seconds: float = 2.0,
     command: str | None = None,
     balance: bool = False,
+    epoch_more: Callable[[int], Mapping[str, Any]] | None = None,
+    step_more: Callable[[int], Mapping[str, Any]] | None = None,
+    problem: Mapping[str, Any] | None = None,
 ) -> Path:
-    """One run folder; ``final`` is the main metric by task on test data."""
+    """One run folder; ``final`` is the main metric by task on test data.
+
+    ``epoch_more`` and ``step_more`` give from the number of an epoch or step what its row holds beside the usual.
+    """
     # Not hash(): that differs between processes.
     random = np.random.default_rng([seed, *f"{method}{gradients}{tasks}".encode()])
     name, higher, percent = metric
@@ -61,6 +67,7 @@ def make_run(
         | dict(settings or {}),
         "command": command
         or f"detente run {experiment} --method {method} --gradients {gradients} --seed {seed}",
+        **({"problem": dict(problem)} if problem else {}),
         "versions": versions(),
         "started": f"2025-03-0{1 + seed % 9}T10:00:00+00:00",
     }
@@ -71,6 +78,8 @@ def make_run(
                     row = make_step(random, method, gradients, tasks, step / (epochs * steps_per_epoch))
                     if balance:
                         row["balance"] = make_balance(random, tasks, step)
+                    if step_more is not None:
+                        row |= step_more(step)
                     folder.append_step({"step": step, "epoch": epoch, **row})
             progress = epoch / epochs
             loss = {
@@ -92,6 +101,7 @@ def make_run(
                     "seconds": seconds,
                     "learning_rate": 0.01,
                     "refused": 0,
+                    **(epoch_more(epoch) if epoch_more is not None else {}),
                 }
             )
         if samples:
@@ -116,6 +126,7 @@ def make_run(
                     "metrics": values,
                     "validation": values,
                     "seconds": seconds * epochs,
+                    "seconds_per_step": seconds / steps_per_epoch,
                     "seconds_per_epoch": seconds,
                     "peak_memory_bytes": 600 * 2**20,
                     "parameters": 27450,
@@ -214,6 +225,16 @@ def make_demo(folder: Path, seeds: Sequence[int] = (0,), **more: Any) -> Path:
                 **more,
             )
     return folder
+
+
+def painted(value: Any, key: str = "") -> Any:
+    """Colour tokens replaced by any colour, as the page does."""
+    if isinstance(value, dict):
+        return {name: painted(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [painted(item, key) for item in value]
+    token = isinstance(value, str) and value.startswith("@") and key.lower().endswith(("color", "colorscale"))
+    return "#123456" if token else value
 
 
 @pytest.fixture

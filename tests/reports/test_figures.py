@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detente.records import find_runs
-from detente.reports.figures import _log_axis, _quantile, conflict_curves, loss_curves, weight_curves
+from detente.reports.figures import _quantile, conflict_curves, log_axis, loss_curves, weight_curves
 from detente.reports.groups import collect
+from detente.reports.html import sections_of
 from detente.reports.plane import accuracy_plane_png, plane_section
+
+from .conftest import painted
 
 
 def only_study(folder):
@@ -22,22 +25,8 @@ def only_study(folder):
     return study
 
 
-def sections(study):
-    return [plane_section(study), loss_curves(study), weight_curves(study), conflict_curves(study)]
-
-
 def figures(study):
-    return [figure for section in sections(study) for row in section.rows for figure in row]
-
-
-def painted(value, key=""):
-    """Colour tokens replaced by any colour, as the page does."""
-    if isinstance(value, dict):
-        return {name: painted(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [painted(item, key) for item in value]
-    token = isinstance(value, str) and value.startswith("@") and key.lower().endswith("color")
-    return "#123456" if token else value
+    return [figure for section in sections_of(study) for row in section.rows for figure in row]
 
 
 def test_every_figure_is_valid_for_plotly(tmp_path, demo_maker, run_maker):
@@ -54,7 +43,7 @@ def test_every_figure_is_valid_for_plotly(tmp_path, demo_maker, run_maker):
             plotly.graph_objects.Figure(painted({"data": figure.data, "layout": figure.layout}))
             json.dumps([figure.data, figure.layout], allow_nan=False)
             count += 1
-    assert count == (1 + 4 + 1 + 6) + (1 + 6 + 3 + 6) + (1 + 12 + 2 + 6)
+    assert count == (1 + 1 + 4 + 1 + 6) + (2 + 1 + 6 + 3 + 8) + (2 + 1 + 12 + 2 + 8)
 
 
 def test_plane_shows_each_result_and_the_single_tasks(tmp_path, demo_maker):
@@ -99,7 +88,7 @@ def test_dots_relative_to_single_tasks(tmp_path, run_maker):
     for task in tasks:
         run_maker(tmp_path / task, tasks=(task,), single=True, final={task: 0.5}, epochs=1)
     run_maker(tmp_path / "u", tasks=tasks, final={"a": 0.55, "b": 0.5, "c": 0.4}, epochs=1)
-    (figure,) = plane_section(only_study(tmp_path)).rows[0]
+    _, figure = plane_section(only_study(tmp_path)).rows[0]
     assert figure.data[0]["x"] == [10.0, 0.0, -20.0]
     assert figure.data[0]["y"] == ["a", "b", "c"]
 
@@ -152,8 +141,8 @@ def test_quantiles_agree_with_numpy(values, share):
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.0, 1e8))
-def test_log_axis_covers_its_values(low, factor):
-    ticks = _log_axis(low, low * factor)["tickvals"]
+def testlog_axis_covers_its_values(low, factor):
+    ticks = log_axis(low, low * factor)["tickvals"]
     assert ticks[0] <= low * 1.001
     assert ticks[-1] * 1.001 >= low * factor
     assert len(ticks) <= 20
@@ -161,9 +150,10 @@ def test_log_axis_covers_its_values(low, factor):
 
 def test_missing_records_are_said(tmp_path, run_maker):
     run_maker(tmp_path, "mgda", epochs=0, finished=False, steps=False)
-    texts = [section.text for section in sections(only_study(tmp_path))]
+    texts = [section.text for section in sections_of(only_study(tmp_path))]
     assert "No run has finished" in texts[0]
     assert texts[1:] == [
+        "No run has finished, so there is no result to hold a cost against.",
         "No epochs were recorded.",
         "No weights of tasks were recorded.",
         "No conflict measures were recorded.",

@@ -43,7 +43,7 @@ def test_page(browser, tmp_path, demo_maker):
         "return Array.from(document.querySelectorAll('.drawing'))"
         ".map((d) => d.querySelectorAll('.scatterlayer .trace').length)"
     )
-    assert len(drawn) == 12
+    assert len(drawn) == 13
     assert all(count > 0 for count in drawn)
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
     assert [name for name in fetched if not name.startswith("data:")] == []
@@ -69,6 +69,77 @@ def test_page(browser, tmp_path, demo_maker):
 
     browser.execute_script("document.querySelector('details').open = true")
     assert "learning_rate" in browser.find_element("css selector", "details pre:last-child").text
+    assert serious(browser) == []
+
+
+def test_a_press_on_a_heading_sorts_our_rows_alone(browser, tmp_path, demo_maker):
+    from detente.experiments import find
+
+    published = {"multimnist": find("multimnist").published}
+    folder = demo_maker(tmp_path / "runs", epochs=1)
+    emulate(browser)
+    visit(browser, build_report([folder], tmp_path / "report.html", published=published))
+
+    def column(body, place):
+        cells = f"document.querySelectorAll('table.results tbody:nth-of-type({body}) tr')"
+        return browser.execute_script(
+            f"return Array.from({cells}, (row) => row.cells.length > 1 ? row.cells[{place}].textContent : '')"
+        )
+
+    headings = browser.find_elements("css selector", "table.results thead button")
+    theirs, ours = column(2, 2), column(1, 2)
+    headings[2].click()
+    assert column(1, 2) == sorted(ours, key=lambda text: -float(text or "-inf")), (
+        "the best above, blanks last"
+    )
+    assert headings[2].find_element("xpath", "..").get_attribute("aria-sort") == "descending"
+    headings[2].click()
+    assert column(1, 2) == sorted(ours, key=lambda text: float(text or "inf"))
+    headings[4].click()
+    changes = [float(text.replace("−", "-")) for text in column(1, 4) if text]
+    assert changes == sorted(changes) and len(changes) == 5
+    assert headings[2].find_element("xpath", "..").get_attribute("aria-sort") is None
+    assert column(2, 2) == theirs and len(theirs) == 6
+    assert serious(browser) == []
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_radar_shows_few_and_its_buttons_the_others(browser, tmp_path, run_maker, width):
+    tasks = ("a", "b", "c", "d")
+    for number in range(15):
+        final = {task: 0.5 + 0.01 * ((number * (place + 3)) % 15) for place, task in enumerate(tasks)}
+        run_maker(
+            tmp_path / "runs" / str(number), f"m{number}", tasks=tasks, final=final, epochs=1, steps=False
+        )
+    emulate(browser, width=width)
+    visit(browser, build_report([tmp_path / "runs"], tmp_path / "report.html"))
+    count = "document.querySelectorAll('.drawing.polar .polarlayer .scatterlayer .trace').length"
+    dots = "document.querySelectorAll('.drawing:not(.polar) .scatterlayer .trace').length"
+    assert browser.execute_script(f"return {count}") == 5
+    before = browser.execute_script(f"return {dots}")
+    buttons = browser.find_elements("css selector", ".own-legend button")
+    assert len(buttons) == 15
+    pressed = [button.get_attribute("aria-pressed") for button in buttons]
+    assert pressed.count("true") == 5
+    click = "document.querySelectorAll('.own-legend button')[arguments[0]].click()"
+    browser.execute_script(click, pressed.index("false"))
+    wait(browser, f"{count} === 6", "it was not added")
+    browser.execute_script(click, pressed.index("true"))
+    wait(browser, f"{count} === 5", "it was not taken away")
+    assert browser.execute_script(f"return {dots}") == before, "the other figures stay as they are"
+    # The legend of the page rules this figure as well.
+    browser.execute_script(
+        "document.querySelectorAll('.legend button')[arguments[0]].click()", pressed.index("false")
+    )
+    wait(browser, f"{count} === 4", "the page's legend does not reach the radar")
+    # No axes of a plane behind the radar.
+    assert (
+        browser.execute_script(
+            "return document.querySelectorAll('.drawing.polar .xaxislayer-above *').length"
+        )
+        == 0
+    )
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert serious(browser) == []
 
 

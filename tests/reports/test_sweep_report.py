@@ -108,6 +108,16 @@ def test_the_verdict_is_that_of_the_tests(tmp_path: Path) -> None:
     assert conditions(outcome)[0] == "Every contender had 3 tuning runs."
 
 
+def test_what_is_better_is_told_with_its_cost_and_what_hinders_a_comparison_by_name(tmp_path: Path) -> None:
+    outcome = outcome_of(SCORES, tmp_path)
+    told = " ".join(headline_and_sentences({**outcome, "cost": {"mgda (exact)": {"relative": 1.84}}})[1])
+    assert "A step takes 1.8 times the seconds of plain fixed weights." in told
+    assert told.count("A step takes") == 1
+    reason = "Nothing was compared: the baseline of left is not above zero."
+    without = {**outcome, "comparison": None, "conditions": [*outcome["conditions"], reason]}
+    assert headline_and_sentences(without) == (reason, [])
+
+
 @pytest.mark.parametrize(
     ("names", "seeds", "headline"),
     [

@@ -57,6 +57,8 @@ class ReportCommand:
     """The page to write."""
     title: str = "Détente report"
     """Title of the page."""
+    export: Path | None = None
+    """Also write every table (Markdown, LaTeX, CSV) and every figure (PNG, PDF) to this folder."""
     json: bool = False
     """Print one JSON object."""
 
@@ -112,12 +114,30 @@ def evaluate(command: EvaluateCommand) -> int:
 
 
 def report(command: ReportCommand) -> int:
-    """Write the page."""
-    from detente.reports import build_report
+    """Write the page, and its tables and figures as files if they are asked for."""
+    from detente.records import no_collections
+    from detente.reports import export_report, read_studies, write_report
 
-    page = build_report(command.runs, command.output, title=command.title)
-    print(json.dumps({"report": str(page)}) if command.json else f"report: {page}")
+    with no_collections():
+        studies, problems = read_studies(command.runs, _published())
+        page = write_report(studies, problems, command.output, command.title)
+    if not command.json:
+        print(f"report: {page}")
+    exports: list[str] = []
+    for path in export_report(studies, command.export) if command.export is not None else ():
+        exports.append(str(path))
+        if not command.json:
+            print(f"export: {path}", flush=True)
+    if command.json:
+        print(json.dumps({"report": str(page), "exports": exports}))
     return 0
+
+
+def _published() -> dict[str, Any]:
+    """Experiment to the rows of the papers' tables."""
+    from detente.experiments import experiments
+
+    return {name: experiment.published for name, experiment in experiments().items()}
 
 
 def demo(command: DemoCommand) -> int:
@@ -128,7 +148,12 @@ def demo(command: DemoCommand) -> int:
     started = time.perf_counter()
     with redirect_stdout(sys.stderr):
         results = demo(command.out, epochs=command.epochs, seed=command.seed, quiet=command.json)
-        page = build_report([command.out], command.out / "report.html", title="Two digits, one network")
+        page = build_report(
+            [command.out],
+            command.out / "report.html",
+            title="Two digits, one network",
+            published=_published(),
+        )
     seconds = time.perf_counter() - started
     if command.json:
         print(json.dumps({"runs": results, "report": str(page), "seconds": seconds}))

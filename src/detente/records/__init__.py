@@ -4,7 +4,7 @@ Everything a report shows comes from these files, so they are the truth about a 
 """
 
 from detente.records.atomic import plain, write_bytes, write_json, write_text
-from detente.records.reading import Metric, Run, Samples, find_runs, read_run
+from detente.records.reading import Metric, Run, Samples, find_runs, no_collections, read_run
 from detente.records.schema import (
     SCHEMA,
     VOLATILE,
@@ -32,6 +32,7 @@ __all__ = [
     "UnwritableFolder",
     "differences",
     "find_runs",
+    "no_collections",
     "plain",
     "read_run",
     "versions",

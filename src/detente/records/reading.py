@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,20 +188,45 @@ def read_rows(path: Path, check: Callable[[Mapping[str, Any], str], None], order
     ``order`` names the key that must grow from row to row. A missing file has no rows.
     """
     rows: list[Row] = []
-    for number, line in enumerate(complete_lines(path), start=1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecordError(f"{where} is not valid JSON ({error}); restore it, or run again.") from error
-        if not isinstance(row, dict):
-            raise RecordError(f"{where} must be an object; found {row!r}.")
-        check(row, where)
-        if rows and row[order] <= rows[-1][order]:
-            before = rows[-1][order]
-            raise RecordError(f"{where}: {order} {row[order]} follows {order} {before}; two runs are mixed.")
-        rows.append(row)
+    with no_collections():
+        for number, line in enumerate(complete_lines(path), start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise RecordError(
+                    f"{where} is not valid JSON ({error}); restore it, or run again."
+                ) from error
+            if not isinstance(row, dict):
+                raise RecordError(f"{where} must be an object; found {row!r}.")
+            check(row, where)
+            if rows and row[order] <= rows[-1][order]:
+                before = rows[-1][order]
+                raise RecordError(
+                    f"{where}: {order} {row[order]} follows {order} {before}; two runs are mixed."
+                )
+            rows.append(row)
     return tuple(rows)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Read many rows without the collector of cycles: rows have none, and looking through all of them again and again
+    takes as long as reading them.
+
+    >>> with no_collections():
+    ...     gc.isenabled()
+    False
+    >>> gc.isenabled()
+    True
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def complete_lines(path: Path) -> list[bytes]:

@@ -19,6 +19,12 @@ from detente.reports.style import COLOURS, PALETTE, SHAPES
 
 KINDS = ("gradients", "contributions")
 _POINTS = 60
+# Cells with a number in them, names along the axes, and letters of a name: what can still be read.
+_MOST_NUMBERS = 120
+_MOST_DOWN = 48
+_MOST_ACROSS = 20
+_MOST_STEPS = 6
+_NAME = 22
 _NAMES = {"gradients": "mean |gradient|", "contributions": "mean |contribution|"}
 _SHAPES = tuple(SHAPES)
 
@@ -101,14 +107,17 @@ def balance_section(study: Study) -> Section | None:
             problems.append(f"{group.name}: {error}")
             continue
         if balance is not None:
-            for draw in (_layer_figure, _step_figure):
+            many = len(balance.tasks) > COLOURS
+            lines = (_heat_steps,) if many else (_layer_figure, _step_figure)
+            for draw in (*lines, _heat_figure):
                 rows.append(tuple(draw(group, balance, kind) for kind in KINDS))
     if not rows and not problems:
         return None
     text = (
         "What each task pulls at each shared tensor, and what of it arrives in the update of the parameters "
         "(learning rate included): means of absolute values, over recorded steps layer by layer, and over all "
-        "entries step by step. Contributions that lie together mean that the tasks move the network equally."
+        "entries step by step. Contributions that lie together mean that the tasks move the network equally. "
+        "The tables of colour show each task's share of a tensor or step, in percent of the sum over the tasks."
     )
     if problems:
         text += f" Not drawn, because the record cannot be read: {'; '.join(problems)}."
@@ -193,6 +202,82 @@ def _step_figure(group: Group, balance: Balance, kind: str) -> Figure:
         data,
         _layout("step", kind, np.array([values for _, values in curves])),
     )
+
+
+def _heat_figure(group: Group, balance: Balance, kind: str) -> Figure:
+    """Layers and tasks: the share of each task in the sum over the tasks."""
+    shares = _shares(balance.by_layer(kind))
+    places = [[f"{layer}, {task}" for task in balance.tasks] for layer in balance.layers]
+    if len(balance.tasks) > COLOURS:  # the longer list stands upright, where there is room for its names
+        trace = _heat(group, shares.T, [list(column) for column in zip(*places, strict=True)])
+        rows, columns = balance.tasks, balance.layers
+    else:
+        trace, rows, columns = _heat(group, shares, places), balance.layers, balance.tasks
+    return _heat_layout(
+        f"{group.name}: share of each task, {_NAMES[kind]}", trace, rows, columns, _MOST_ACROSS
+    )
+
+
+def _heat_steps(group: Group, balance: Balance, kind: str) -> Figure:
+    """Tasks and steps, where the tasks are too many for lines."""
+    curves = [_smooth(balance.steps, balance.by_step(kind)[:, task]) for task in _tasks(balance)]
+    steps = [str(step) for step in curves[0][0].tolist()]
+    shares = _shares(np.array([values for _, values in curves]).T).T
+    places = [[f"{task}, step {step}" for step in steps] for task in balance.tasks]
+    trace = _heat(group, shares, places)
+    title = f"{group.name}: share over the steps, {_NAMES[kind]}"
+    figure = _heat_layout(title, trace, balance.tasks, steps, _MOST_STEPS)
+    figure.layout["xaxis"].update(axis("step"))
+    return figure
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    """In percent of the sum over the last axis; NaN where that is zero."""
+    sums = values.sum(axis=-1, keepdims=True)
+    return np.asarray(100 * np.divide(values, sums, out=np.full_like(values, np.nan), where=sums > 0))
+
+
+def _heat(group: Group, shares: np.ndarray, places: Sequence[Sequence[str]]) -> dict[str, Any]:
+    rows, columns = shares.shape
+    few = shares.size <= _MOST_NUMBERS and columns <= COLOURS
+    known = shares[np.isfinite(shares)]
+    # Two of forty tasks never reach 100: their differences would not show.
+    top = 100.0 if few or not known.size else float(known.max())
+    return {
+        "type": "heatmap",
+        "meta": group.key,
+        "x": list(range(columns)),
+        "y": list(range(rows)),
+        "z": [[short(value) for value in row] for row in shares.tolist()],
+        "customdata": [[safe(place) for place in row] for row in places],
+        "hovertemplate": "%{customdata}: %{z:.3g} %<extra></extra>",
+        "texttemplate": "%{z:.0f}" if few else "",
+        "zmin": 0,
+        "zmax": short(top),
+        "colorscale": [[0, "@card"], [1, "@m1"]],
+        "xgap": 1 if few else 0,
+        "ygap": 1,
+        "showscale": not few,
+        "colorbar": {"thickness": 8, "ticksuffix": " %", "outlinewidth": 0, "tickfont": {"color": "@muted"}},
+    }
+
+
+def _heat_layout(
+    title: str, trace: dict[str, Any], rows: Sequence[str], columns: Sequence[str], most: int
+) -> Figure:
+    layout = {
+        "xaxis": {**_ticks(columns, most), "showgrid": False},
+        "yaxis": {**_ticks(rows, _MOST_DOWN), "showgrid": False, "autorange": "reversed"},
+    }
+    height = 90 + min(18 * _MOST_DOWN, max(18 * len(rows), 110))
+    return Figure(title, [trace], layout, height=height)
+
+
+def _ticks(names: Sequence[str], most: int) -> dict[str, Any]:
+    """An axis of names; by number, because plotly reads equal names as one place, and "1" as a number."""
+    shown = [f"{name[: _NAME - 1]}…" if len(name) > _NAME else name for name in names]
+    step = -(-len(names) // most)
+    return {"tickvals": list(range(0, len(names), step)), "ticktext": [safe(name) for name in shown[::step]]}
 
 
 def _tasks(balance: Balance) -> range:

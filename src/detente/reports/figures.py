@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from detente.records import Row
+from detente.records import Metric, Row
 from detente.reports.groups import Group, Study
 
 # A figure with more panels than this is not read; beyond it the extremes over tasks are shown.
@@ -23,12 +23,17 @@ _BINS = 60
 
 @dataclass(frozen=True)
 class Figure:
-    """One drawing: its title as plain text, plotly's traces and layout, its height in pixels."""
+    """One drawing: its title as plain text, plotly's traces and layout, its height in pixels.
+
+    ``shown`` holds the keys of the groups that are drawn at first, where the figure has buttons of its own for the
+    others; None draws all.
+    """
 
     title: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     height: int = 300
+    shown: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": safe(title)}, **more}
 
 
+def scale_of(metric: Metric) -> float:
+    """What a stored value is multiplied by before it is shown."""
+    return 100.0 if metric.percent else 1.0
+
+
 def loss_curves(study: Study) -> Section:
     """Training and validation loss of every task over epochs."""
     text = (
@@ -70,7 +80,7 @@ def loss_curves(study: Study) -> Section:
                 if task in group.tasks:
                     data += _epoch_traces(group, partial(pick, task=task), kind == "validation")
             if data:
-                layout = {"xaxis": axis("epoch"), "yaxis": axis("loss", **_log_if_wide(data))}
+                layout = {"xaxis": axis("epoch"), "yaxis": axis("loss", **log_if_wide(data))}
                 figures.append(Figure(f"{task}: {kind} loss", data, layout))
     if not figures:
         return Section("Loss curves", "No epochs were recorded.")
@@ -111,7 +121,7 @@ def weight_curves(study: Study) -> Section:
     for name, pick in series:
         data: list[dict[str, Any]] = []
         for group in study.compared:
-            data += _step_traces(group, [(step, pick(found)) for step, found in shares[group.key]])
+            data += step_traces(group, [(step, pick(found)) for step, found in shares[group.key]])
         layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("share")}
         layout["shapes"] = [straight_line("y", 1 / len(study.tasks), "@muted", "dot", 1.5)]
         figures.append(Figure(name, data, layout))
@@ -126,6 +136,8 @@ def conflict_curves(study: Study) -> Section:
         ("minimal_cosine", cosine, {"range": [-1.05, 1.05]}, 0.0),
         ("condition_number", "condition number", {}, 10.0),
         ("magnitude_similarity", "magnitude similarity", {"range": [-0.05, 1.05]}, None),
+        # Of two gradients the similarity of their lengths says the same.
+        *((("norm_ratio", "longest over shortest gradient", {}, None),) if len(study.tasks) > 2 else ()),
     )
     rows = []
     largest: dict[str, float] = {}
@@ -134,7 +146,7 @@ def conflict_curves(study: Study) -> Section:
         for key, name, options, line in measures:
             data: list[dict[str, Any]] = []
             for group in study.compared:
-                data += _step_traces(group, _points(group, partial(_measure, which=which, key=key)))
+                data += step_traces(group, _points(group, partial(_measure, which=which, key=key)))
             values = [value for trace in data for value in trace["y"] if value is not None]
             if not values:
                 continue
@@ -142,7 +154,9 @@ def conflict_curves(study: Study) -> Section:
                 # Never below 1; the same axis for given and altered gradients, with the papers' line in view.
                 top = max(largest.get(key, 10.0), *values)
                 largest[key] = top
-                options = {**_log_axis(1.0, top), "range": [-0.05, 1.04 * math.log10(top)]}
+                options = {**log_axis(1.0, top), "range": [-0.05, 1.04 * math.log10(top)]}
+            if key == "norm_ratio":
+                options = log_if_wide(data)
             layout: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis(name, **options)}
             if line is not None:
                 layout["shapes"] = [straight_line("y", line, "@muted", "dot", 1.5)]
@@ -176,12 +190,18 @@ def conflict_curves(study: Study) -> Section:
 def _epoch_traces(
     group: Group, pick: Callable[[Row], float | None], mark_selected: bool
 ) -> list[dict[str, Any]]:
+    values = [(row["epoch"], pick(row)) for run in group.runs for row in run.epochs]
+    return epoch_lines(group, values, mark_selected)
+
+
+def epoch_lines(
+    group: Group, values: Iterable[tuple[int, float | None]], mark_selected: bool = False
+) -> list[dict[str, Any]]:
+    """The mean over a group's runs for each epoch, and the band from the lowest to the highest of them."""
     by_epoch: dict[int, list[float]] = {}
-    for run in group.runs:
-        for row in run.epochs:
-            value = pick(row)
-            if value is not None:
-                by_epoch.setdefault(row["epoch"], []).append(value)
+    for epoch, value in values:
+        if value is not None:
+            by_epoch.setdefault(epoch, []).append(value)
     if not by_epoch:
         return []
     epochs = sorted(by_epoch)
@@ -211,7 +231,7 @@ def _epoch_traces(
     return traces
 
 
-def _step_traces(group: Group, points: Sequence[tuple[int, float | None]]) -> list[dict[str, Any]]:
+def step_traces(group: Group, points: Sequence[tuple[int, float | None]]) -> list[dict[str, Any]]:
     """Median and middle half over neighbouring steps; infinite values count as larger than all others."""
     found = [(step, value) for step, value in points if value is not None]
     if not found:
@@ -291,16 +311,16 @@ def _points(group: Group, pick: Callable[[Row], Any]) -> list[tuple[int, Any]]:
 
 
 def _train_loss(row: Row, task: str) -> float | None:
-    return _number(row.get("train_loss", {}).get(task))
+    return number_of(row.get("train_loss", {}).get(task))
 
 
 def _validation_loss(row: Row, task: str) -> float | None:
-    return _number(row.get("validation", {}).get(task, {}).get("loss"))
+    return number_of(row.get("validation", {}).get(task, {}).get("loss"))
 
 
 def _shares(row: Row) -> dict[str, float] | None:
     weights = row.get("weights")
-    if weights is None or any(_number(weight) is None for weight in weights):
+    if weights is None or any(number_of(weight) is None for weight in weights):
         return None
     size = math.fsum(abs(weight) for weight in weights)
     return {name: weight / size for name, weight in zip(row["names"], weights, strict=True)} if size else None
@@ -314,9 +334,9 @@ def _measure(row: Row, which: str, key: str) -> float | None:
     measured = row.get(which)
     if not isinstance(measured, dict) or key not in measured:
         return None
-    value = _number(measured[key])
+    value = number_of(measured[key])
     # JSON has no infinity: the record stores null where the matrix of gradients is singular.
-    return math.inf if value is None and key == "condition_number" else value
+    return math.inf if value is None and key in ("condition_number", "norm_ratio") else value
 
 
 def _infinite_share(groups: Iterable[Group]) -> float:
@@ -332,7 +352,8 @@ def _selected(group: Group) -> int | None:
     return chosen[0] if isinstance(chosen, list) and len(chosen) == 1 and isinstance(chosen[0], int) else None
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
+    """The value where it is a number, else None; true and false are none."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
@@ -350,7 +371,7 @@ def _any_negative(series: Iterable[Sequence[tuple[int, Mapping[str, float]]]]) -
     return any(share < 0 for points in series for _, shares in points for share in shares.values())
 
 
-def _log_axis(low: float, high: float) -> dict[str, Any]:
+def log_axis(low: float, high: float) -> dict[str, Any]:
     """A logarithmic axis with a tick at 1, 2 and 5 of every decade it covers, one per decade where it is long."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if len(decades) <= 4 else (1,)
@@ -358,8 +379,8 @@ def _log_axis(low: float, high: float) -> dict[str, Any]:
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.4g}" for tick in ticks]}
 
 
-def _log_if_wide(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def log_if_wide(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """A logarithmic axis where the losses span more than a factor of five and are all positive."""
     values = [value for trace in data for value in trace["y"] if value is not None]
     wide = bool(values) and min(values) > 0 and max(values) > 5 * min(values)
-    return _log_axis(min(values), max(values)) if wide else {}
+    return log_axis(min(values), max(values)) if wide else {}

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from detente.records import Metric, Run
+from detente.reports.published import PublishedRow
 from detente.reports.style import SINGLE, Style, places, style_at
-from detente.statistics import Spread, delta_m_spread
+from detente.statistics import Spread, delta_m_spread, spread
 
 # Parts of a run's configuration that say which run it is, or where and how it was carried out, and not
 # under which conditions it was trained.
@@ -82,7 +83,8 @@ class Group:
 class Study:
     """All runs of one experiment: its tasks, their main metrics, and the groups that are compared.
 
-    ``outcome`` is what a sweep said of them, None where the runs come from elsewhere.
+    ``outcome`` is what a sweep said of them, None where the runs come from elsewhere; ``published`` are rows of the
+    papers' tables.
     """
 
     experiment: str
@@ -90,6 +92,7 @@ class Study:
     metrics: Mapping[str, Metric]
     groups: tuple[Group, ...]
     outcome: Mapping[str, Any] | None = None
+    published: tuple[PublishedRow, ...] = ()
 
     @property
     def compared(self) -> tuple[Group, ...]:
@@ -117,6 +120,18 @@ class Study:
             if same:
                 return same[0]
         return candidates[0] if len(candidates) == 1 else None
+
+    @cached_property
+    def alone(self) -> dict[str, Spread]:
+        """The main metric of the single-task networks by task, under the settings that most groups have."""
+        beside = self.compared[0] if self.compared else None
+        found = {}
+        for task in self.tasks:
+            group = self.baseline(task, beside)
+            reached = spread(group.values(task)) if group else None
+            if reached is not None:
+                found[task] = reached
+        return found
 
     def delta_m(self, group: Group) -> tuple[Spread | None, str]:
         """Δm of a group over its main metrics, in percent, or None with the reason in words."""

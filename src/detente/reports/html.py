@@ -10,15 +10,19 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from detente.records import RecordError, Run, UnwritableFolder, find_runs, write_text
+from detente.records import RecordError, Run, UnwritableFolder, find_runs, no_collections, write_text
 from detente.reports.contributions import balance_section
+from detente.reports.cost import cost_section
 from detente.reports.figures import Figure, Section, conflict_curves, loss_curves, weight_curves
 from detente.reports.groups import Study, collect
+from detente.reports.guards import guards_section
 from detente.reports.plane import plane_section
+from detente.reports.published import PublishedRow
 from detente.reports.samples import strips_html
-from detente.reports.style import BACKGROUND, PALETTE, named
+from detente.reports.style import BACKGROUND, PALETTE, PUBLISHED, named
 from detente.reports.sweeps import Outcome, conditions, finals, read_outcomes
-from detente.reports.tables import table_of
+from detente.reports.tables import Table, table_of
+from detente.reports.thinning import thinned
 from detente.reports.verdict import verdict
 
 # Nothing is fetched, whatever a record contains: the page may only run and show what is inside it.
@@ -32,13 +36,20 @@ class NoRuns(ValueError):
     """The folders given to a report hold no run that can be read."""
 
 
-def build_report(folders: Sequence[Path], output: Path, title: str = "Détente report") -> Path:
+def build_report(
+    folders: Sequence[Path],
+    output: Path,
+    title: str = "Détente report",
+    *,
+    published: Mapping[str, Sequence[PublishedRow]] | None = None,
+) -> Path:
     """Write one HTML file with everything that the runs in these folders say.
 
     Args:
         folders: run folders, or folders that contain some.
         output: the file to write; its folder is made.
         title: the heading of the page.
+        published: experiment to the rows of the papers' tables that are shown beside its runs.
 
     Returns:
         The path of the file.
@@ -47,6 +58,24 @@ def build_report(folders: Sequence[Path], output: Path, title: str = "Détente r
         NoRuns: no folder holds a readable run.
         FileNotFoundError: a folder does not exist.
         UnwritableFolder: the file cannot be written.
+    """
+    with no_collections():
+        studies, problems = read_studies(folders, published)
+        return write_report(studies, problems, output, title)
+
+
+def read_studies(
+    folders: Sequence[Path], published: Mapping[str, Sequence[PublishedRow]] | None = None
+) -> tuple[list[Study], list[str]]:
+    """The studies that the runs in these folders make up, and in words what of them could not be read.
+
+    Args:
+        folders: run folders, or folders that contain some.
+        published: experiment to the rows of the papers' tables that are shown beside its runs.
+
+    Raises:
+        NoRuns: no folder holds a readable run.
+        FileNotFoundError: a folder does not exist.
     """
     problems: list[RecordError] = []
     runs: dict[Path, Run] = {}
@@ -61,9 +90,27 @@ def build_report(folders: Sequence[Path], output: Path, title: str = "Détente r
             "A run is a folder with a config.json; `detente run` makes one."
         )
     outcomes = read_outcomes(map(Path, folders), problems)
-    readable = [_readable(run, problems) for run in finals(runs.values(), outcomes)]
+    with no_collections():
+        readable = [_readable(run, problems) for run in finals(runs.values(), outcomes)]
     studies = [_with_outcome(study, outcomes) for study in collect(readable)]
-    page = render(studies, title, [str(problem) for problem in problems])
+    for group in (group for study in studies for group in study.groups):
+        # The page shows those of one run, and a thousand more files would take seconds.
+        next((run for run in group.runs if _readable(run, problems, ("samples",)).samples), None)
+    if published:
+        studies = [replace(study, published=tuple(published.get(study.experiment, ()))) for study in studies]
+    return studies, [str(problem) for problem in problems]
+
+
+def write_report(
+    studies: Sequence[Study], problems: Sequence[str], output: Path, title: str = "Détente report"
+) -> Path:
+    """Write the page of these studies and return its path; `problems` stand at its top.
+
+    Raises:
+        UnwritableFolder: the file cannot be written.
+    """
+    with no_collections():
+        page = render(studies, title, problems)
     output = Path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +168,7 @@ def render(studies: Sequence[Study], title: str, problems: Sequence[str] = ()) -
 </main>
 <footer><p>{_versions(studies)}</p></footer>
 <script type="application/json" id="report-data">{stored}</script>
-<script>{plotly.offline.get_plotlyjs()}</script>
+<script type="text/plain" id="plotly">{plotly.offline.get_plotlyjs()}</script>
 <script>
 {_asset("page.js")}
 </script>
@@ -130,9 +177,9 @@ def render(studies: Sequence[Study], title: str, problems: Sequence[str] = ()) -
 """
 
 
-def _readable(run: Run, problems: list[RecordError]) -> Run:
+def _readable(run: Run, problems: list[RecordError], names: Sequence[str] = ("epochs", "steps")) -> Run:
     """The run, with files that are damaged left out and named among the problems."""
-    for name in ("epochs", "steps", "samples"):
+    for name in names:
         try:
             getattr(run, name)
         except RecordError as error:
@@ -156,32 +203,55 @@ def _study_html(study: Study, figures: list[Figure], several: bool) -> str:
         told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in conditions(study.outcome))
         parts.append(f"<section><h2>How this was compared</h2><ul>{told}</ul></section>")
     parts.append(_legend(study))
-    sections = [plane_section(study), loss_curves(study), weight_curves(study), conflict_curves(study)]
-    balance = balance_section(study)
-    for section in sections if balance is None else [*sections, balance]:
-        parts.append(_section_html(section, figures))
+    for section in map(thinned, sections_of(study)):
+        parts.append(_section_html(section, figures, study))
     parts.append(f"<section><h2>Sample images</h2>{strips_html(study)}</section>")
     parts.append(f"<section><h2>Every run</h2>{_runs_html(study)}</section>")
     return "\n".join(parts)
 
 
-def _section_html(section: Section, figures: list[Figure]) -> str:
+def sections_of(study: Study) -> list[Section]:
+    """All figures of a study, in the order of the page."""
+    found = [
+        *(plane_section(study), cost_section(study), loss_curves(study), weight_curves(study)),
+        *(conflict_curves(study), guards_section(study), balance_section(study)),
+    ]
+    return [section for section in found if section is not None]
+
+
+def _section_html(section: Section, figures: list[Figure], study: Study) -> str:
     grids = []
     for row in section.rows:
-        drawn = "".join(_figure_html(figure, section.title, figures) for figure in row)
+        drawn = "".join(_figure_html(figure, section.title, figures, study) for figure in row)
         grids.append(f"<div class='figures{' three' if len(row) == 3 else ''}'>{drawn}</div>")
     text = html.escape(section.text)
     return f"<section><h2>{html.escape(section.title)}</h2><p>{text}</p>{''.join(grids)}</section>"
 
 
-def _figure_html(figure: Figure, fallback: str, figures: list[Figure]) -> str:
+def _figure_html(figure: Figure, fallback: str, figures: list[Figure], study: Study) -> str:
     figures.append(figure)
     label = html.escape(figure.title or fallback, quote=True)
     heading = f"<h3>{html.escape(figure.title)}</h3>" if figure.title else ""
     return (
-        f"<figure>{heading}<div class='drawing' role='img' aria-label=\"{label}\" "
+        f"<figure>{heading}{_own_legend(figure, len(figures) - 1, study)}"
+        f"<div class='drawing{' polar' if 'polar' in figure.layout else ''}' role='img' aria-label=\"{label}\" "
         f"data-figure='{len(figures) - 1}' style='height:{figure.height}px'></div></figure>"
     )
+
+
+def _own_legend(figure: Figure, number: int, study: Study) -> str:
+    """Buttons for the groups of one figure, where it does not draw all of them at first."""
+    if figure.shown is None:
+        return ""
+    drawn = {trace.get("meta") for trace in figure.data}
+    buttons = "".join(
+        f"<button type='button' aria-pressed='{'true' if group.key in figure.shown else 'false'}' "
+        f"data-group='{group.key}'>{named(group.style, group.name)}</button>"
+        for group in study.groups
+        if group.key in drawn
+    )
+    label = html.escape(figure.title, quote=True)
+    return f"<div class='own-legend' role='group' aria-label=\"Methods in: {label}\" data-of='{number}'>{buttons}</div>"
 
 
 def _table_html(study: Study) -> str:
@@ -191,7 +261,8 @@ def _table_html(study: Study) -> str:
         for column in table.columns
     ]
     head = "".join(
-        f"<th scope='col'{kind}>{html.escape(column.title)}{_ARROW[column.higher_is_better]}</th>"
+        f"<th scope='col'{kind}{_FIRST[column.higher_is_better]}><button type='button' title='Sort by this column'>"
+        f"{html.escape(column.title)}{_ARROW[column.higher_is_better]}</button></th>"
         for column, kind in zip(table.columns, number, strict=True)
     )
     rows = []
@@ -208,15 +279,36 @@ def _table_html(study: Study) -> str:
                 if here
             ]
             kind = f" class='{' '.join(kinds)}'" if kinds else ""
-            cells.append(f"<td{kind}>{html.escape(cell.text)}</td>")
+            value = "" if cell.value is None else f" data-value='{cell.value!r}'"
+            cells.append(f"<td{kind}{value}>{html.escape(cell.text)}</td>")
         rows.append(f"<tr{' class=single' if row.group.single else ''}>{''.join(cells)}</tr>")
     notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in table.notes)
     return (
         f"<div class='scroll' tabindex='0'><table class='results'><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>{notes}"
+        f"<tbody>{''.join(rows)}</tbody>{_published_html(table)}</table></div>{notes}"
     )
 
 
+def _published_html(table: Table) -> str:
+    """The papers' rows in a body of their own, below a line with their source."""
+    rows, last = [], None
+    for line in table.published:
+        if line.heading != last:
+            last = line.heading
+            rows.append(
+                f"<tr class='source'><th scope='rowgroup' colspan='{len(table.columns)}'>"
+                f"<span>{html.escape(last)}</span></th></tr>"
+            )
+        cells = [f"<th scope='row'>{named(PUBLISHED, line.name)}</th>"]
+        for cell, column in zip(line.cells[1:], table.columns[1:], strict=True):
+            kind = " class='number'" if column.numeric else " class='wide'" if column.minor else ""
+            cells.append(f"<td{kind}>{html.escape(cell.text)}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<tbody class='published'>{''.join(rows)}</tbody>" if rows else ""
+
+
+# Which order a first press on a heading gives: the best above.
+_FIRST = {True: " data-first='descending'", False: "", None: ""}
 _ARROW = {True: "&nbsp;↑", False: "&nbsp;↓", None: ""}
 
 
@@ -238,8 +330,9 @@ def _runs_html(study: Study) -> str:
     parts = []
     for group in study.groups:
         for run in group.runs:
-            command = html.escape(str(run.config["command"]))
-            config = html.escape(json.dumps(run.config, indent=2, ensure_ascii=False))
+            # Quotation marks are harmless in a text, and most of what hundreds of configurations would take.
+            command = html.escape(str(run.config["command"]), quote=False)
+            config = html.escape(json.dumps(run.config, indent=1, ensure_ascii=False), quote=False)
             parts.append(
                 f"<details><summary>{html.escape(group.name)}, seed {run.seed} "
                 f"<span class='state'>{html.escape(_state(run))}</span></summary>"

@@ -1,4 +1,4 @@
-"""The plane of two tasks (Sener & Koltun 2018, Figure 3), and a row of dots for each of more tasks."""
+"""The plane of two tasks (Sener & Koltun 2018, Figure 3); more tasks have a radar and dots instead."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from detente.records import Metric, Run
-from detente.reports.figures import Figure, Section, axis, safe, short, straight_line, trace_base
+from detente.reports.figures import Figure, Section, axis, safe, scale_of, short, straight_line, trace_base
 from detente.reports.groups import Group, Study, collect
-from detente.reports.style import PALETTE, SHAPES
+from detente.reports.labels import labels
+from detente.reports.published import heading, number, rows_of
+from detente.reports.radar import tasks_section
+from detente.reports.style import PALETTE, PUBLISHED, SHAPES
 from detente.reports.sweeps import front_points
 from detente.statistics import Spread, spread
 
@@ -17,14 +20,14 @@ from detente.statistics import Spread, spread
 def plane_section(study: Study) -> Section:
     """All methods against each other, by their results on test data.
 
-    Two tasks span a plane with a point per run; for another number of tasks there is a row of dots per task. Without
-    a finished run the section says so in words.
+    Two tasks span a plane with a point per run; for another number of tasks there is a row of dots per task, and from
+    three on a radar. Without a finished run the section says so in words.
     """
     title = "The two tasks against each other" if len(study.tasks) == 2 else "Every task"
     done = [group for group in study.groups if group.finished]
     if not done:
         return Section(title, "No run has finished, so there is no result on test data to show.")
-    return _plane(study, title) if len(study.tasks) == 2 else _dots(study, title)
+    return _plane(study, title) if len(study.tasks) == 2 else tasks_section(study, title)
 
 
 def axis_title(metric: Metric) -> str:
@@ -36,10 +39,6 @@ def axis_title(metric: Metric) -> str:
     return f"{metric.task}: {metric.name}{' (%)' if metric.percent else ''}"
 
 
-def _scale(metric: Metric) -> float:
-    return 100.0 if metric.percent else 1.0
-
-
 def _plane(study: Study, title: str) -> Section:
     first, second = (study.metrics[task] for task in study.tasks)
     data: list[dict[str, Any]] = []
@@ -49,10 +48,10 @@ def _plane(study: Study, title: str) -> Section:
     for group in study.compared:
         data += _plane_traces(group, first, second)
     layout: dict[str, Any] = {"xaxis": axis(axis_title(first)), "yaxis": axis(axis_title(second))}
-    alone = _baselines(study)
+    alone = study.alone
     layout["shapes"] = [
         straight_line(
-            direction, short(_scale(metric) * alone[metric.task].mean) or 0.0, "@single", "dash", 1.5
+            direction, short(scale_of(metric) * alone[metric.task].mean) or 0.0, "@single", "dash", 1.5
         )
         for direction, metric in (("x", first), ("y", second))
         if metric.task in alone
@@ -65,8 +64,14 @@ def _plane(study: Study, title: str) -> Section:
     for name, metric in (("xaxis", first), ("yaxis", second)):
         limits = _limits(study, metric, alone.get(metric.task))
         if limits:
-            kept = [_scale(metric) * point["test"][metric.task] for point in front if not point["dominated"]]
-            limits = (min([limits[0], *kept]), max([limits[1], *kept]))
+            kept = [
+                scale_of(metric) * point["test"][metric.task] for point in front if not point["dominated"]
+            ]
+            room = 0.05 * (limits[1] - limits[0])
+            limits = (
+                min([limits[0], *(value - room for value in kept)]),
+                max([limits[1], *(value + room for value in kept)]),
+            )
             # Top right is always better.
             layout[name]["range"] = [short(x) for x in (limits if metric.higher_is_better else limits[::-1])]
     text = "Each point is a method's result on test data; top right is better. "
@@ -79,12 +84,70 @@ def _plane(study: Study, title: str) -> Section:
         text += f"Dashed line: a network trained for that task alone; there is none for {missing[0]}."
     if any(len(group.finished) > 1 for group in study.compared):
         text += " Points are means over seeds with their standard deviation; small points are single runs."
+    papers, said = _published_traces(study, first, second, layout)
+    data += papers
+    text += said
     if front:
         text += " The grey line joins the fixed weightings that no other one dominates; its points tell their weights."
     absent = [group.name for group in study.compared if not group.finished]
     if absent:
         text += f" Not finished: {', '.join(absent)}."
     return Section(title, text, ((Figure("", data, layout, height=480),),))
+
+
+# The published points may widen the plane to so many times what the runs take; beyond it these would be one dot.
+_WIDEST = 2.5
+
+
+def _published_traces(
+    study: Study, first: Metric, second: Metric, layout: dict[str, Any]
+) -> tuple[list[dict[str, Any]], str]:
+    """Hollow marks for the papers' rows, with what the text says of them; widens the axes where that shows them."""
+    found = [
+        (row, scale_of(first) * x, scale_of(second) * y)
+        for row in rows_of(study)
+        if (x := number(row, first)) is not None and (y := number(row, second)) is not None
+    ]
+    ranges = [layout[name].get("range") for name in ("xaxis", "yaxis")]
+    if not found or None in ranges:
+        return [], ""
+    sources = ", ".join(dict.fromkeys(heading(study, row.source) for row, _, _ in found))
+    wider = []
+    for limits, values in zip(ranges, ([x for _, x, _ in found], [y for _, _, y in found]), strict=True):
+        room = 0.1 * abs(limits[1] - limits[0])
+        low, high = (
+            min(*limits, *(value - room for value in values)),
+            max(*limits, *(value + room for value in values)),
+        )
+        if high - low > _WIDEST * abs(limits[1] - limits[0]):
+            return (
+                [],
+                f" The published results lie far outside this plane; they stand in the table ({sources}).",
+            )
+        wider.append([low, high] if limits[0] < limits[1] else [high, low])
+    for name, limits in zip(("xaxis", "yaxis"), wider, strict=True):
+        layout[name]["range"] = [short(limit) for limit in limits]
+    traces = [
+        {
+            "type": "scatter",
+            "name": f"{safe(row.method)} (published)",
+            "x": [short(x)],
+            "y": [short(y)],
+            "mode": "markers",
+            "marker": {
+                "color": f"@{PUBLISHED.colour}",
+                "size": 11,
+                "symbol": PUBLISHED.symbol,
+                "line": {"width": 1.5},
+            },
+            "hovertemplate": f"{safe(first.task)} %{{x:.2f}}<br>{safe(second.task)} %{{y:.2f}}",
+            "showlegend": False,
+        }
+        for row, x, y in found
+    ]
+    named = [(x, y, row.method, None) for row, x, y in found]
+    names = labels(named, (wider[0], wider[1]), f"@{PUBLISHED.colour}", 480 - 52)
+    return [*traces, *names], f" Hollow grey diamonds: {sources}."
 
 
 def _front_trace(front: Sequence[Mapping[str, Any]], first: Metric, second: Metric) -> dict[str, Any]:
@@ -95,8 +158,8 @@ def _front_trace(front: Sequence[Mapping[str, Any]], first: Metric, second: Metr
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "x": [short(_scale(first) * point["test"][first.task]) for point in kept],
-        "y": [short(_scale(second) * point["test"][second.task]) for point in kept],
+        "x": [short(scale_of(first) * point["test"][first.task]) for point in kept],
+        "y": [short(scale_of(second) * point["test"][second.task]) for point in kept],
         "text": [", ".join(f"{weight:g}" for weight in point["weights"]) for point in kept],
         "hovertemplate": "fixed weights %{text}<extra></extra>",
         "line": {"color": "@muted", "width": 2},
@@ -146,31 +209,19 @@ def _pairs(group: Group, first: Metric, second: Metric) -> list[tuple[float, flo
             run.main_value(metric.task) if metric.task in run.tasks else None for metric in (first, second)
         )
         if x is not None and y is not None:
-            pairs.append((_scale(first) * x, _scale(second) * y))
+            pairs.append((scale_of(first) * x, scale_of(second) * y))
     return pairs
-
-
-def _baselines(study: Study) -> dict[str, Spread]:
-    """The single-task results, by task, under the settings that most groups have."""
-    beside = study.compared[0] if study.compared else None
-    found = {}
-    for task in study.tasks:
-        group = study.baseline(task, beside)
-        alone = spread(group.values(task)) if group else None
-        if alone is not None:
-            found[task] = alone
-    return found
 
 
 def _limits(study: Study, metric: Metric, alone: Spread | None) -> tuple[float, float] | None:
     values = [
-        _scale(metric) * value
+        scale_of(metric) * value
         for group in study.compared
         if metric.task in group.tasks
         for value in group.values(metric.task)
     ]
     if alone is not None:
-        values.append(_scale(metric) * alone.mean)
+        values.append(scale_of(metric) * alone.mean)
     if not values:
         return None
     low, high = min(values), max(values)
@@ -179,69 +230,13 @@ def _limits(study: Study, metric: Metric, alone: Spread | None) -> tuple[float, 
 
 
 def _line_label(direction: str, metric: Metric, alone: Spread) -> dict[str, Any]:
-    value = _scale(metric) * alone.mean
+    value = scale_of(metric) * alone.mean
     text = f"{safe(metric.task)} alone {value:.2f}"
     common = {"text": text, "showarrow": False, "font": {"color": "@single", "size": 11}}
     if direction == "x":
         turned = {"textangle": -90, "xanchor": "right", "yanchor": "bottom", "yref": "paper"}
         return {**common, **turned, "x": short(value), "y": 0.01}
     return {**common, "xref": "paper", "x": 0.01, "xanchor": "left", "y": short(value), "yanchor": "bottom"}
-
-
-def _dots(study: Study, title: str) -> Section:
-    """One row per task, one dot per method: relative to the single task where there is one for every task."""
-    alone = _baselines(study)
-    relative = all(task in alone and alone[task].mean > 0 for task in study.tasks) and len(study.tasks) > 1
-    common = len({(study.metrics[t].name, study.metrics[t].percent) for t in study.tasks}) == 1
-    text = "One row for each task. "
-    if relative:
-        name = "change against the single-task network (%), right is better"
-        text += "Zero is a network trained for that task alone."
-    elif common:
-        metric = study.metrics[study.tasks[0]]
-        name = f"{metric.name}{' (%)' if metric.percent else ''}"
-        text += f"{'Right' if metric.higher_is_better else 'Left'} is better."
-    else:
-        name = "position between the worst (0) and the best (1) method here"
-        text += "The tasks have different units, so each row is scaled from the worst to the best method."
-    if not relative:
-        text += " There are no single-task runs for all tasks to compare with."
-    shown = study.compared or study.groups
-    data = []
-    for group in shown:
-        x, y = [], []
-        for task in group.tasks:
-            found = spread(group.values(task))
-            if found is None:
-                continue
-            x.append(short(_dot(study, task, found.mean, alone.get(task) if relative else None, common)))
-            y.append(safe(task))
-        if x:
-            marker = {"color": f"@{group.style.colour}", "size": 11, "symbol": group.style.symbol}
-            template = "%{y}: %{x:.4g}"
-            trace = {**trace_base(group), "x": x, "y": y, "mode": "markers", "marker": marker}
-            data.append({**trace, "hovertemplate": template})
-    layout: dict[str, Any] = {
-        "xaxis": axis(name),
-        "yaxis": {"type": "category", "autorange": "reversed", "automargin": True},
-    }
-    if relative:
-        layout["shapes"] = [straight_line("x", 0.0, "@single", "dash", 1.5)]
-    height = 110 + max(26 * len(study.tasks), 120)
-    return Section(title, text, ((Figure("", data, layout, height=height),),))
-
-
-def _dot(study: Study, task: str, value: float, alone: Spread | None, common: bool) -> float:
-    metric = study.metrics[task]
-    sign = 1.0 if metric.higher_is_better else -1.0
-    if alone is not None:
-        return sign * 100 * (value - alone.mean) / alone.mean
-    if common:
-        return _scale(metric) * value
-    everyone = [s.mean for g in study.compared if task in g.tasks and (s := spread(g.values(task)))]
-    low, high = min(everyone), max(everyone)
-    place = (value - low) / (high - low) if high > low else 1.0
-    return place if metric.higher_is_better or high == low else 1.0 - place
 
 
 def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
@@ -268,10 +263,10 @@ def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
         axes.grid(color=colours["grid"], linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        alone = _baselines(study)
+        alone = study.alone
         for metric, draw in ((first, axes.axvline), (second, axes.axhline)):
             if metric.task in alone:
-                value = _scale(metric) * alone[metric.task].mean
+                value = scale_of(metric) * alone[metric.task].mean
                 label = f"{metric.task} alone: {value:.2f}"
                 draw(value, color=colours["single"], linestyle="--", linewidth=1.3, label=label, zorder=1)
         for group, pairs in points:

@@ -17,6 +17,7 @@ from detente.reports.style import named
 
 _MOST_IMAGES = 12
 _MOST_TASKS = 4
+_MOST_GROUPS = 60
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,14 @@ def _strip_html(study: Study, strip: Strip) -> str:
         )
     ]
     rows.append(_row("label", [_labels(shown, targets, n) for n in range(count)], "truth"))
-    for group, _, samples in strip.members:
+    for group, _, samples in strip.members[:_MOST_GROUPS]:
         cells = [_predictions(shown, targets, samples, n) for n in range(count)]
         rows.append(_row(named(group.style, group.name), cells))
     order = html.escape(", ".join(shown))
     more = f" (of {len(tasks)} tasks)" if len(tasks) > len(shown) else ""
-    caption = f"<caption>In each cell, in this order: {order}{more}.</caption>"
+    left = len(strip.members) - _MOST_GROUPS
+    others = f" The first {_MOST_GROUPS} of {len(strip.members)} methods are shown." if left > 0 else ""
+    caption = f"<caption>In each cell, in this order: {order}{more}.{others}</caption>"
     table = f"<table class='strip'>{caption}<tbody>{''.join(rows)}</tbody></table>"
     return f"<div class='scroll' tabindex='0'>{table}</div>"
 

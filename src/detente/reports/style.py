@@ -81,6 +81,7 @@ class Style:
 
 
 SINGLE = Style("single", "cross", "-open", "dot", "dotted")
+PUBLISHED = Style("muted", "diamond", "-open", "dot", "dotted")
 
 
 def places(methods: Iterable[str]) -> dict[str, int]:

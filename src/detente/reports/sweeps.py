@@ -66,7 +66,8 @@ def headline_and_sentences(outcome: Outcome) -> tuple[str, list[str]]:
     """The verdict in words, with what carries and what limits it."""
     comparison = outcome["comparison"]
     if comparison is None:
-        return "There is nothing to compare yet: no chosen configuration has been measured on test data.", []
+        reasons = [told for told in outcome["conditions"] if told.startswith("Nothing was compared")]
+        return next(iter(reasons), "Nothing was compared."), []
     reference = comparison["reference"]
     if reference is None:
         best = comparison["best"]["best"]
@@ -90,7 +91,7 @@ def headline_and_sentences(outcome: Outcome) -> tuple[str, list[str]]:
         headline = f"No method is shown to be better than {reference}."
     else:
         headline = f"{_listed(better)} {'is' if len(better) == 1 else 'are'} better than {reference}."
-    sentences = [_evidence(comparison, name) for name in (*better, *worse)]
+    sentences = [_evidence(outcome, name) for name in (*better, *worse)]
     open_ones = by_verdict.get("no difference shown", [])
     if open_ones:
         sentences.append(
@@ -119,22 +120,29 @@ def front_points(study: Study) -> list[Mapping[str, Any]]:
     return [] if front is None else list(front["points"])
 
 
-def _evidence(comparison: Mapping[str, Any], name: str) -> str:
+def _evidence(outcome: Outcome, name: str) -> str:
+    comparison = outcome["comparison"]
     said = comparison["methods"][name]
+    cost = outcome.get("cost", {}).get(name)
     against = said["against_reference"]
     test = against["test"]
     size = abs(test["difference"])
     p = "" if against["adjusted"] is None else f", p = {against['adjusted']:.2g} after Holm's correction"
     side = "better" if test["difference"] < 0 else "worse"
-    return f"{name}: {size:.2f} points {side} than {comparison['reference']} in the mean over {test['pairs']} seeds{p}."
+    spent = f" A step takes {cost['relative']:.2g} times the seconds of plain fixed weights." if cost else ""
+    return (
+        f"{name}: {size:.2f} points {side} than {comparison['reference']} in the mean over {test['pairs']} seeds{p}."
+        f"{spent}"
+    )
 
 
 def _visible(comparison: Mapping[str, Any], names: Sequence[str]) -> str:
-    """How small a difference these seeds could have shown: the widest bootstrap interval's half."""
+    """How small a difference these seeds could have shown, by the deviations of the paired differences."""
     reaches = []
     for name in names:
         test = comparison["methods"][name]["against_reference"]["test"]
-        if test["deviation"] is not None and test["pairs"] > 1:
+        # Whoever took the same steps as the reference differs from it by nothing with every seed.
+        if test["deviation"] and test["pairs"] > 1:
             reaches.append(_critical(test["pairs"]) * test["deviation"] / test["pairs"] ** 0.5)
     if not reaches:
         return ""

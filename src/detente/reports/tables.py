@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from detente.records import Metric, Run, find_runs
 from detente.reports.groups import Group, Study, collect
+from detente.reports.published import by_source, caveat, delta_m_of, heading, number, printed, rows_of
 from detente.reports.sweeps import said_of
 from detente.statistics import Spread, spread
 
@@ -52,6 +53,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class PublishedLine:
+    """One row of a paper's table: its method and a cell for each column; ``heading`` names the source."""
+
+    heading: str
+    name: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     """The results of one experiment as a table.
 
@@ -60,12 +70,14 @@ class Table:
         columns: from left to right.
         rows: one for each method and setting, from top to bottom.
         notes: in words, what is missing or how a number was made.
+        published: rows of the papers' tables, which are never sorted among the runs'.
     """
 
     experiment: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    published: tuple[PublishedLine, ...] = ()
 
     def records(self) -> list[dict[str, str | float | None]]:
         """One dictionary for every row: column key to number (text for columns of text).
@@ -132,7 +144,26 @@ def table_of(study: Study) -> Table:
         cells += [*_seconds_cells(study, group), _memory_cell(group)]
         cells += [_seeds_cell(group)] if counted else []
         rows.append(Row(group, tuple(cells)))
-    return Table(study.experiment, tuple(columns), _mark_best(columns, rows), tuple(_notes(study, narrow)))
+    lines = tuple(_published(study, columns))
+    return Table(
+        study.experiment, tuple(columns), _mark_best(columns, rows), tuple(_notes(study, narrow)), lines
+    )
+
+
+def _published(study: Study, columns: Sequence[Column]) -> Iterable[PublishedLine]:
+    """The published rows, with what the columns of metrics and of Δm ask for."""
+    for source, rows in by_source(rows_of(study)).items():
+        for row in rows:
+            found = {
+                f"{metric.task} {metric.name}": Cell(text, number(row, metric))
+                for metric in (study.metrics[task] for task in study.tasks)
+                if (text := printed(row, metric)) is not None
+            }
+            between = delta_m_of(study, row)
+            if between is not None:
+                found["delta_m"] = Cell(f"{show_signed(between.low)} to {show_signed(between.high)}")
+            cells = tuple(found.get(column.key, Cell("")) for column in columns[1:])
+            yield PublishedLine(heading(study, source), row.method, (Cell(row.method), *cells))
 
 
 def title_of(group: Group) -> str:
@@ -359,6 +390,9 @@ def _notes(study: Study, narrow: bool) -> Iterable[str]:
         yield "Time: seconds of training per epoch, and as a multiple of those with uniform weights."
     if any(cell for cell in (group.median("peak_memory_bytes") for group in study.groups)):
         yield "Peak memory is that of the whole process."
+    papers = caveat(study)
+    if papers:
+        yield papers
     if not narrow:
         yield f"{len(study.tasks)} tasks: the mean over tasks is shown; the figure has each of them."
     for group in study.groups:
