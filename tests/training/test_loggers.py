@@ -240,3 +240,49 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         LoggerMissing, match="logger wandb needs the package wandb: pip install wandb lightning"
     ):
         check_loggers(["csv", "wandb"])
+
+
+def test_a_real_run_logs_what_it_records_and_learns_the_same(tmp_path, call):
+    asked = [
+        "run",
+        "multimnist",
+        "--method",
+        "mgda",
+        "--gradients",
+        "features",
+        "--epochs",
+        "2",
+        "--max-steps",
+        "6",
+    ]
+    asked += ["--batch-size", "64", "--record-steps", "3", "--threads", "1"]
+    logged, plain = tmp_path / "logged", tmp_path / "plain"
+    assert call(*asked, "--logger", "tensorboard", "--logger", "csv", "--out", str(logged))[0] == 0
+    assert call(*asked, "--out", str(plain))[0] == 0
+    run = read_run(logged)
+    assert run.result["metrics"] == read_run(plain).result["metrics"]
+    found = events(logged / "tensorboard")
+    for task in ("left", "right"):
+        accuracies = [(row["step"], row["validation"][task]["accuracy"]) for row in run.epochs]
+        assert found[f"validation/{task}/accuracy"] == [
+            (at, pytest.approx(value)) for at, value in accuracies
+        ]
+        place = run.steps[0]["names"].index(task)
+        assert found[f"loss/{task}"] == [
+            (row["step"], pytest.approx(row["losses"][place])) for row in run.steps
+        ]
+    # Once by itself and once beside the table of configurations.
+    for _, value in found["test/left/accuracy"]:
+        assert value == pytest.approx(run.result["metrics"]["left"]["accuracy"])
+    with open(logged / "csv" / "metrics.csv", newline="") as file:
+        assert {int(row["step"]) for row in csv.DictReader(file)} >= {row["step"] for row in run.steps}
+    # Another choice of loggers is the same run.
+    assert call(*asked, "--out", str(logged))[0] == 0
+
+
+def test_a_logger_without_its_package_ends_the_command_before_anything_starts(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    code, _, err = call("run", "multimnist", "--logger", "wandb", "--out", str(tmp_path / "run"))
+    assert code == 1
+    assert "pip install wandb lightning" in err
+    assert not (tmp_path / "run").exists()

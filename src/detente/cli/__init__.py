@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from detente.cli import show
 from detente.cli.console import UsageError, rank
@@ -35,6 +36,8 @@ def _dispatch(arguments: list[str]) -> int:
     except ImportError:
         print("the command line needs the train extra: pip install 'detente[train]'", file=sys.stderr)
         return 1
+    # Here, because an import of tyro at the top would make every import of this package wait for it.
+    show.ReportCommand.__annotations__["output"] = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     commands: dict[str, tuple[type, Callable[[Any], int]]] = {
         "methods": (show.MethodsCommand, show.methods),
         "experiments": (show.ExperimentsCommand, show.experiments),
@@ -100,7 +103,7 @@ def _usage(stream: Any) -> None:
         "  run          run a published protocol:  detente run multimnist --method mgda --gradients features\n"
         "  sweep        compare methods fairly:    detente sweep multimnist --methods uniform mgda --seeds 3\n"
         "  evaluate     evaluate a finished run:   detente evaluate runs/multimnist/mgda-features-seed0\n"
-        "  report       one HTML page from runs:   detente report runs/multimnist --output report.html\n"
+        "  report       one HTML page from runs:   detente report runs/multimnist -o report.html\n"
         "  methods      list the methods\n"
         "  experiments  list the protocols\n\n"
         "detente COMMAND --help explains the options; every command takes --json.",

@@ -19,6 +19,7 @@ def run(arguments: list[str]) -> int:
 
     from detente.experiments import find
     from detente.records import read_run
+    from detente.training.loggers import check_loggers
     from detente.training.launch import end_with_the_starter, launch, launched
 
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -53,6 +54,7 @@ def run(arguments: list[str]) -> int:
         config=(tyro.conf.UseAppendAction,),
     )
     _check_method(config)
+    check_loggers(config.logger)
     check_export(exported, experiment)
     if config.devices > 1 and not launched():
         return launch(config.devices, ["run", *arguments])

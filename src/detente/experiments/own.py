@@ -185,6 +185,8 @@ def _train_by_function(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """As :func:`detente.training.train`, with the user's function for the training itself."""
+    if config.logger:
+        raise ValueError("logger: a training function logs by itself what it wants logged; leave --logger out.")
     method = create_method(problem, config)
     info = describe(method)
     stored = header(

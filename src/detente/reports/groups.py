@@ -19,7 +19,7 @@ from detente.statistics import Spread, delta_m_spread, spread
 _NOT_SETTINGS = frozenset(
     (
         *("seed", "method", "option", "options", "gradients", "task", "tasks", "label", "name"),
-        *("measure", "record_steps", "checkpoint_seconds", "test"),
+        *("measure", "record_steps", "checkpoint_seconds", "logger", "test"),
         *("out", "output", "folder", "data_dir", "download", "json", "resume", "progress"),
         *("device", "devices", "threads", "workers"),
     )

@@ -22,7 +22,7 @@ Result = Mapping[str, Any]
 Purpose = Literal["tune", "final", "front"]
 
 # Changes no number of a run.
-VOLATILE = ("test", "data_dir", "checkpoint_seconds")
+VOLATILE = ("test", "data_dir", "checkpoint_seconds", "logger")
 
 
 @dataclass(frozen=True)

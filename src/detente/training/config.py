@@ -115,6 +115,8 @@ class TrainingConfig:
     balance: bool = False
     """Record at recorded steps what each task contributes to the update of every layer, with an optimizer of Adam's
     kind. Under adam and adamw it takes every task's gradient at every step, beside what the method needs."""
+    logger: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ()
+    """Also send losses, metrics, weights and refusals to these, beside the records."""
     checkpoint_seconds: float = 60.0
     """Save a checkpoint at least this often within an epoch (one is always saved at its end)."""
 

@@ -12,7 +12,10 @@ from detente.records.atomic import plain
 from detente.training.config import TrainingConfig
 
 # What may differ between the command that started a run and one that resumes it.
-VOLATILE = ("command", "started", "versions", "config.checkpoint_seconds", "config.data_dir", "config.test")
+VOLATILE = (
+    *("command", "started", "versions"),
+    *("config.checkpoint_seconds", "config.data_dir", "config.logger", "config.test"),
+)
 _REPEATED = ("experiment", "method", "options", "gradients", "label", "seed", "tasks")
 
 

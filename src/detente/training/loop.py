@@ -21,6 +21,7 @@ from detente.training import checkpoint
 from detente.training.config import TrainingConfig
 from detente.training.evaluation import averaged, evaluate, measured, to_device
 from detente.training.header import VOLATILE, header, result_of
+from detente.training.loggers import Loggers
 from detente.training.memory import peak_bytes, reset_peak
 from detente.training.method import create_method
 from detente.training.position import Position
@@ -109,6 +110,7 @@ def train(
             if finished is not None:
                 return processes.first(lambda: _test_later(problem, processes.device, records, finished))
             run = _Run(problem, config, method, processes, records, stored, quiet)
+            files.callback(run.loggers.close)
             run.advance()
             return run.finish()
 
@@ -212,6 +214,8 @@ class _Run:
             {task: {problem.main_metric[task]: value} for task, value in given.items()}
         )
         self.at = Position()
+        recorded = isinstance(records, RunFolder)
+        self.loggers = Loggers(config.logger if recorded else (), records.path, stored)
         self.resume()
 
     # ---- saving
@@ -235,6 +239,8 @@ class _Run:
                     f"{path} does not fit this run ({error}). Delete the run folder to start the run again."
                 ) from error
         self.records.truncate_after(self.at.step)
+        if isinstance(self.records, RunFolder):
+            self.loggers.begin(self.records.read() if self.loggers else None)
 
     def save(self) -> None:
         """A checkpoint from which the run goes on bit for bit; every process must call it."""
@@ -303,6 +309,7 @@ class _Run:
         if searched:
             row["search"] = searched
         self.records.append_epoch(row)
+        self.loggers.epoch(row)
         at.epoch, at.batch, at.loss_sums, at.examples, at.refused, at.epoch_seconds = (
             at.epoch + 1,
             0,
@@ -349,7 +356,9 @@ class _Run:
             at.loss_sums[name] = at.loss_sums.get(name, 0.0) + loss * len(indices)
             at.examples[name] = at.examples.get(name, 0) + len(indices)
         if recorded:
-            self.records.append_step({"step": at.step, "epoch": at.epoch + 1, **record.to_dict(), **further})
+            row = {"step": at.step, "epoch": at.epoch + 1, **record.to_dict(), **further}
+            self.records.append_step(row)
+            self.loggers.step(row)
 
     def batches(self, indices: torch.Tensor) -> list[Batch]:
         """This process's part of a batch on its device, in micro-batches: as many in every process."""
@@ -418,6 +427,7 @@ class _Run:
             parameters=sum(parameter.numel() for parameter in self.module.parameters()),
         )
         self.records.write_result(result)
+        self.loggers.finish(result)
         return result
 
 
