@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -221,3 +222,21 @@ def test_signs():
         "+1.00",
         "−2.35",
     ]
+
+
+def test_costs_measured_after_a_sweep_take_the_place_of_the_runs_times(tmp_path, demo_maker):
+    demo_maker(tmp_path)
+    (study,) = collect(find_runs(tmp_path))
+    name = study.compared[-1].name
+    cost = {name: {"seconds_per_step": 0.0123, "relative": 1.456, "peak_memory_bytes": 3 * 2**20}}
+    table = table_of(replace(study, outcome={"cost": cost, "comparison": None, "front": None}))
+    keys = [column.key for column in table.columns]
+    assert "seconds_per_epoch" not in keys
+    places = [keys.index(key) for key in ("relative_seconds", "seconds_per_step", "peak_memory_bytes")]
+    rows = {row.group.name: [row.cells[place].text for place in places] for row in table.rows}
+    assert rows.pop(name) == ["1.46", "12.3", "3 MiB"]
+    assert set(map(tuple, rows.values())) == {("–",) * 3}, (
+        "what was not measured is missing, not taken from runs"
+    )
+    assert any("measured when the sweep was done" in note for note in table.notes)
+    assert not any("whole process" in note for note in table.notes)

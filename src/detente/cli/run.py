@@ -19,8 +19,8 @@ def run(arguments: list[str]) -> int:
 
     from detente.experiments import find
     from detente.records import read_run
-    from detente.training.loggers import check_loggers
     from detente.training.launch import end_with_the_starter, launch, launched
+    from detente.training.loggers import check_loggers
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print_experiments("run")

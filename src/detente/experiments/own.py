@@ -186,7 +186,9 @@ def _train_by_function(
 ) -> dict[str, Any]:
     """As :func:`detente.training.train`, with the user's function for the training itself."""
     if config.logger:
-        raise ValueError("logger: a training function logs by itself what it wants logged; leave --logger out.")
+        raise ValueError(
+            "logger: a training function logs by itself what it wants logged; leave --logger out."
+        )
     method = create_method(problem, config)
     info = describe(method)
     stored = header(

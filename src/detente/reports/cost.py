@@ -21,6 +21,7 @@ from detente.reports.figures import (
 )
 from detente.reports.groups import Group, Study
 from detente.reports.labels import labels
+from detente.reports.sweeps import cost_of
 from detente.statistics import Spread, spread
 
 TITLE = "Cost against result"
@@ -183,10 +184,9 @@ def _costs(study: Study) -> tuple[_Costs, str, str]:
 
 def _benched(study: Study) -> dict[str, Mapping[str, Any]]:
     """What the outcome's ``cost`` says, by the groups' keys."""
-    told = (study.outcome or {}).get("cost") or {}
     found = {}
     for group in study.compared:
-        entry = told.get(group.name, told.get(group.runs[0].label))
+        entry = cost_of(study, group.name) or cost_of(study, group.runs[0].label)
         if entry is not None and entry.get("relative") is not None:
             found[group.key] = entry
     return found

@@ -53,6 +53,11 @@ def said_of(study: Study, name: str) -> Mapping[str, Any] | None:
     return None if comparison is None else comparison["methods"].get(name)
 
 
+def cost_of(study: Study, name: str) -> Mapping[str, Any] | None:
+    """What a step of a contender costs, measured after the sweep; None where it was not."""
+    return ((study.outcome or {}).get("cost") or {}).get(name)
+
+
 def conditions(outcome: Outcome) -> list[str]:
     """How the contenders were compared: the score, which tests were corrected together, and what was equal for all."""
     comparison = outcome["comparison"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from detente.records import Metric, Run, find_runs
 from detente.reports.groups import Group, Study, collect
 from detente.reports.published import by_source, caveat, delta_m_of, heading, number, printed, rows_of
-from detente.reports.sweeps import said_of
+from detente.reports.sweeps import cost_of, said_of
 from detente.statistics import Spread, spread
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ def table_of(study: Study) -> Table:
         Column("delta_m", "Δm %", True, False),
         *([Column("verdict", f"against {reference}", numeric=False)] if reference else []),
         Column("relative_seconds", "time × uniform", True, None),
-        Column("seconds_per_epoch", "s per epoch", True, None),
+        Column("seconds_per_step", "ms per step", True, None)
+        if _benched(study)
+        else Column("seconds_per_epoch", "s per epoch", True, None),
         Column("peak_memory_bytes", "peak memory", True, None),
     ]
     # A column that says "1" in every row says it better in a sentence.
@@ -141,7 +143,7 @@ def table_of(study: Study) -> Table:
         elif common is not None:
             cells.append(_mean_cell(group, common))
         cells += [_delta_cell(study, group), *([_verdict_cell(study, group)] if reference else [])]
-        cells += [*_seconds_cells(study, group), _memory_cell(group)]
+        cells += _benched_cells(study, group) if _benched(study) else _spent_cells(study, group)
         cells += [_seeds_cell(group)] if counted else []
         rows.append(Row(group, tuple(cells)))
     lines = tuple(_published(study, columns))
@@ -322,16 +324,33 @@ def _verdict_cell(study: Study, group: Group) -> Cell:
     return Cell(f"{said['verdict']} (p {adjusted:.2g})" if adjusted is not None else said["verdict"])
 
 
-def _seconds_cells(study: Study, group: Group) -> list[Cell]:
+def _benched(study: Study) -> bool:
+    """Whether costs were measured after a sweep: the times of its runs then say less."""
+    return any(cost_of(study, group.name) for group in study.groups)
+
+
+def _benched_cells(study: Study, group: Group) -> list[Cell]:
+    cost = cost_of(study, group.name)
+    if cost is None:
+        return [Cell(MISSING)] * 3
+    seconds, relative, peak = (cost[key] for key in ("seconds_per_step", "relative", "peak_memory_bytes"))
+    return [
+        Cell(f"{relative:.2f}", relative),
+        Cell(f"{1000 * seconds:.3g}", seconds),
+        _memory_cell(peak),
+    ]
+
+
+def _spent_cells(study: Study, group: Group) -> list[Cell]:
     seconds, relative = group.median("seconds_per_epoch"), study.relative_seconds(group)
     return [
         Cell(MISSING if relative is None else f"{relative:.2f}", relative),
         Cell(MISSING if seconds is None else f"{seconds:.3g}", seconds),
+        _memory_cell(group.median("peak_memory_bytes")),
     ]
 
 
-def _memory_cell(group: Group) -> Cell:
-    found = group.median("peak_memory_bytes")
+def _memory_cell(found: float | None) -> Cell:
     if found is None:
         return Cell(MISSING)
     size = f"{found / 2**30:.2f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
@@ -384,11 +403,16 @@ def _notes(study: Study, narrow: bool) -> Iterable[str]:
         )
     for reason in sorted(reasons) if done else ():
         yield f"Δm is missing where it cannot be computed: {reason}."
-    if all(study.relative_seconds(group) is None for group in study.groups):
+    if _benched(study):
+        yield (
+            "Time and memory were measured when the sweep was done: a step in turns with one of uniform weights, and "
+            "what tensors hold at most within a step, beside parameters and the optimizer's state."
+        )
+    elif all(study.relative_seconds(group) is None for group in study.groups):
         yield "No finished run with uniform weights has a time to compare with."
     else:
         yield "Time: seconds of training per epoch, and as a multiple of those with uniform weights."
-    if any(cell for cell in (group.median("peak_memory_bytes") for group in study.groups)):
+    if not _benched(study) and any(group.median("peak_memory_bytes") for group in study.groups):
         yield "Peak memory is that of the whole process."
     papers = caveat(study)
     if papers:
