@@ -16,7 +16,7 @@ their highest in a method's first step, every `.grad` included, parameters and i
 
 Promised are plain + 4 T P bytes for the exact mode and plain + 4 T × (largest parameter), or plain + 8 P where that is
 more, for the low one, plus 5 %. Beside TorchJD a promise is kept within the spread if a quarter of the rounds keep it.
-Costly steps are taken on smaller batches.
+Costly steps of large networks are taken on smaller batches, and of a ResNet those alone.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Table:
         rows: the modes.
         left_out: modes that do not run here, with the reason.
         peer: the faster exact mode beside TorchJD's faster one: their names, the ratio and what is promised.
+        cheap: the network with a larger batch that the first three rows' times are from, if they are.
     """
 
     case: Case
@@ -100,6 +101,7 @@ class Table:
     rows: list[Row]
     left_out: list[str]
     peer: tuple[str, Ratio, Promise] | None = None
+    cheap: Case | None = None
 
     def promises(self) -> Iterator[tuple[str, Promise]]:
         """All that is promised of this case, with the mode."""
@@ -187,14 +189,20 @@ def by_hand(case: Case) -> None:
         parameter.grad = piece.view_as(parameter)
 
 
-def measure(case: Case, features_limit: float | None, peers: bool, exact_limit: float = 1.0) -> Table:
-    """Peaks first (they warm up), then times in turns."""
+def measure(
+    case: Case,
+    features_limit: float | None,
+    peers: bool,
+    exact_limit: float = 1.0,
+    cheap: Case | None = None,
+) -> Table:
+    """Peaks first (they warm up), then times in turns; those of the cheap modes on a network of their own if given."""
     steps, peaks, left_out = {}, {}, []
 
-    def cleared(step: Run) -> Run:
+    def cleared(step: Run, of: Case = case) -> Run:
         def run() -> None:
             step()
-            case.clear()
+            of.clear()
 
         return run
 
@@ -211,6 +219,9 @@ def measure(case: Case, features_limit: float | None, peers: bool, exact_limit: 
             continue
         steps[name] = cleared(make())
     quick = {name: steps[name] for name in ("plain", "weighting", "features")}
+    if cheap is not None:
+        makes = runs(cheap, peers=False)
+        quick = {name: cleared(makes[name](), cheap) for name in quick}
     costly = {name: step for name, step in steps.items() if name == "plain" or name not in quick}
     in_turns = interleaved(quick, 60, budget=CHEAP_BUDGET, least=7, clock=CLOCK)
     least = 3 if case.tasks <= 8 else 2
@@ -220,7 +231,7 @@ def measure(case: Case, features_limit: float | None, peers: bool, exact_limit: 
         seconds = in_turns if name in quick else in_long_turns
         rows.append(Row(name, ratios(seconds, name, "plain"), len(seconds["plain"]), peaks[name]))
     _promise(case, rows, features_limit)
-    table = Table(case, statistics.median(in_turns["plain"]), rows, left_out)
+    table = Table(case, statistics.median(in_turns["plain"]), rows, left_out, cheap=cheap)
     rivals = [name for name in in_long_turns if name.startswith("TorchJD")]
     ours = [name for name in in_long_turns if name in ("exact", "batched")]
     if rivals and ours:
@@ -270,7 +281,9 @@ def tables(quick: bool = False) -> Iterator[Table]:
         limit = FEATURES_LIMIT if tasks <= 8 else None
         # Smaller batches for the larger networks where a step walks the trunk so often.
         yield measure(lenet(tasks), limit, peers, exact_limit=1.05)
-        yield measure(resnet(tasks, batch={8: 16, 40: 8, 100: 4}.get(tasks, 32)), FEATURES_LIMIT, peers)
+        batch = {8: 16, 40: 8, 100: 4}.get(tasks, 32)
+        cheap = resnet(tasks) if batch < 32 else None
+        yield measure(resnet(tasks, batch), FEATURES_LIMIT, peers, cheap=cheap)
         yield measure(transformer(tasks, batch=16 if tasks <= 8 else 4), limit, peers)
         yield measure(recurrent(tasks), limit, peers)
     yield measure(many_heads(), MANY_HEADS_LIMIT, peers)
@@ -291,6 +304,8 @@ def show(table: Table) -> None:
     shared = sum(parameter.numel() for parameter in case.shared)
     seconds = f"plain step {1000 * table.seconds:.1f} ms"
     print(f"{case.name}, T = {case.tasks}, batch {case.batch}, P = {shared}: {seconds}")
+    if table.cheap is not None:
+        print(f"  (times of plain, weighting and features on batch {table.cheap.batch})")
     print(f"  {'mode':13}{'time / plain':<28}{'rounds':>6}{'peak MiB':>10}")
     for row in table.rows:
         told = "; ".join(map(str, row.promises))

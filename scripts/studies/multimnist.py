@@ -206,7 +206,8 @@ def _full(asked: argparse.Namespace) -> int:
     failed: list[Task] = []
     processes: list[subprocess.Popen[bytes]] = []
     spoken = time.monotonic()
-    with _ending(processes):
+    # A run needs no notice: its records are whole at any moment.
+    with _ending(processes, signal.SIGTERM):
         while (waiting or running) and time.monotonic() < limit:
             while waiting and len(running) < asked.workers:
                 task = waiting.pop(0)
@@ -258,9 +259,9 @@ def _started(words: Sequence[str], log: IO[bytes] | None = None) -> subprocess.P
 
 @contextlib.contextmanager
 def _ending(
-    processes: list[subprocess.Popen[bytes]],
+    processes: list[subprocess.Popen[bytes]], notice: signal.Signals = signal.SIGINT
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Whatever of these still runs at the end of the block is interrupted, and killed if it does not end."""
+    """Whatever of these still runs at the end of the block is given notice, and killed if it does not end."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -272,7 +273,7 @@ def _ending(
         signal.signal(signal.SIGTERM, before)
         alive = [process for process in processes if process.poll() is None]
         for process in alive:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(notice)
         give_up = time.monotonic() + _SECONDS_TO_END
         for process in alive:
             try:
