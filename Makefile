@@ -63,14 +63,16 @@ test: $(FULL)/.installed
 	@$(FULL)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # What the metadata promise: the lowest versions, whose gaps only running shows, and the newest that pip finds.
-# Warnings are no errors here: another version deprecates other names. COMPAT names what is run.
+# Warnings are no errors here: another version deprecates other names. COMPAT names what is run, and
+# VERSIONS with which.
 COMPAT ?= tests/geometry tests/methods tests/laws tests/autograd tests/step tests/optim tests/linesearch \
   tests/distributed tests/training tests/records tests/statistics tests/experiments
 lowest := "torch==2.6.0" "numpy==2.0.0"
 newest := torch numpy
+VERSIONS ?= lowest newest
 
 compat:
-	@for name in lowest newest; do \
+	@for name in $(VERSIONS); do \
 	   where=.venv-compat-$$name; \
 	   case $$name in lowest) pins='$(lowest)';; newest) pins='--upgrade $(newest)';; esac; \
 	   if ! [ -e $$where/.installed ]; then \
