@@ -13,11 +13,11 @@ from detente.reports.figures import (
     Section,
     axis,
     log_axis,
+    point_traces,
     safe,
     scale_of,
     short,
     straight_line,
-    trace_base,
 )
 from detente.reports.groups import Group, Study
 from detente.reports.labels import labels
@@ -297,34 +297,10 @@ def _figure(
 
 
 def _point_traces(point: Point, relative: bool, y_title: str) -> list[dict[str, Any]]:
-    group, cost, result = point.group, point.cost, point.result
-    colour = f"@{group.style.colour}"
-    marker: dict[str, Any] = {"color": colour, "size": 13, "symbol": group.style.symbol, "line": {"width": 2}}
-    if group.style.filled:
-        marker["line"] = {"width": 1, "color": "@card"}
     unit = "× uniform" if relative else "s per step"
     memory = "" if point.memory is None else f"<br>peak memory {point.memory / 2**20:.0f} MiB"
-    main: dict[str, Any] = {
-        **trace_base(group),
-        "x": [short(cost.mean)],
-        "y": [short(result.mean)],
-        "mode": "markers",
-        "marker": marker,
-        "hovertemplate": f"%{{x:.3g}} {unit}<br>{safe(y_title)} %{{y:.2f}}{memory}",
-    }
-    if len(point.pairs) < 2:
-        return [main]
-    for name, found in (("error_x", cost), ("error_y", result)):
-        if found.deviation:
-            main[name] = {
-                "type": "data",
-                "array": [short(found.deviation)],
-                "color": colour,
-                "thickness": 1.2,
-            }
-    small = {"color": colour, "size": 5, "symbol": group.style.symbol, "opacity": 0.55}
-    runs = {"x": [short(x) for x, _ in point.pairs], "y": [short(y) for _, y in point.pairs]}
-    return [{**trace_base(group), **runs, "mode": "markers", "marker": small, "hoverinfo": "skip"}, main]
+    hover = f"%{{x:.3g}} {unit}<br>{safe(y_title)} %{{y:.2f}}{memory}"
+    return point_traces(point.group, point.pairs, (point.cost, point.result), hover)
 
 
 __all__ = ["Point", "cost_section", "efficient"]

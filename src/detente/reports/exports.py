@@ -12,9 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from detente.records import UnwritableFolder, write_bytes
 from detente.reports.groups import Group, Study
-from detente.reports.html import sections_of
+from detente.reports.html import sections_of, written
 from detente.reports.paper import Undrawable, drawn
 from detente.reports.tables import Cell, Row, Table, table_of
 from detente.statistics import Spread, spread
@@ -52,7 +51,7 @@ def export_report(studies: Sequence[Study], folder: Path) -> Iterator[Path]:
         table = table_of(study)
         start = _free(slug(study.experiment), taken)
         for suffix, text in (("md", markdown(table)), ("tex", latex(table)), ("csv", results_csv(study))):
-            yield _written(folder / f"{start}-results.{suffix}", text.encode("utf-8"))
+            yield written(folder / f"{start}-results.{suffix}", text.encode("utf-8"))
         for section in sections_of(study):
             for figure in (figure for row in section.rows for figure in row):
                 name = _free(f"{start}-{slug(figure.title or section.title)}", taken)
@@ -62,7 +61,7 @@ def export_report(studies: Sequence[Study], folder: Path) -> Iterator[Path]:
                     except Undrawable as error:
                         problems.append(f"{section.title}, {error}")
                         break
-                    yield _written(folder / f"{name}.{kind}", picture)
+                    yield written(folder / f"{name}.{kind}", picture)
     if problems:
         count = f"{len(problems)} figure{'s' * (len(problems) > 1)}"
         raise Undrawable(f"everything but {count} was written to {folder}: {'; '.join(problems)}")
@@ -86,15 +85,6 @@ def _free(name: str, taken: set[str]) -> str:
         found = f"{name}-{number}"
     taken.add(found)
     return found
-
-
-def _written(path: Path, data: bytes) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, data)
-    except OSError as error:
-        raise UnwritableFolder(path, error) from error
-    return path
 
 
 def _published(table: Table) -> Iterator[tuple[str, list[list[str]]]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from detente.records import Metric, Row
 from detente.reports.groups import Group, Study
+from detente.statistics import Spread
 
 # A figure with more panels than this is not read; beyond it the extremes over tasks are shown.
 MOST_PANELS = 6
@@ -384,3 +385,37 @@ def log_if_wide(data: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     values = [value for trace in data for value in trace["y"] if value is not None]
     wide = bool(values) and min(values) > 0 and max(values) > 5 * min(values)
     return log_axis(min(values), max(values)) if wide else {}
+
+
+def point_traces(
+    group: Group, pairs: Sequence[tuple[float, float]], spreads: tuple[Spread, Spread], hover: str
+) -> list[dict[str, Any]]:
+    """A group's mean in a plane; with several runs its deviations both ways, and each run as a small point.
+
+    Args:
+        group: whose runs they are.
+        pairs: x and y of every run.
+        spreads: of x and of y.
+        hover: what the point says of itself.
+    """
+    colour = f"@{group.style.colour}"
+    marker: dict[str, Any] = {"color": colour, "size": 13, "symbol": group.style.symbol, "line": {"width": 2}}
+    if group.style.filled:
+        marker["line"] = {"width": 1, "color": "@card"}
+    point: dict[str, Any] = {
+        **trace_base(group),
+        "x": [short(spreads[0].mean)],
+        "y": [short(spreads[1].mean)],
+        "mode": "markers",
+        "marker": marker,
+        "hovertemplate": hover,
+    }
+    if len(pairs) < 2:
+        return [point]
+    for name, found in zip(("error_x", "error_y"), spreads, strict=True):
+        if found.deviation:
+            length = [short(found.deviation)]
+            point[name] = {"type": "data", "array": length, "color": colour, "thickness": 1.2}
+    small = {"color": colour, "size": 5, "symbol": group.style.symbol, "opacity": 0.55}
+    where = {"x": [short(x) for x, _ in pairs], "y": [short(y) for _, y in pairs]}
+    return [{**trace_base(group), **where, "mode": "markers", "marker": small, "hoverinfo": "skip"}, point]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from detente.records import RecordError, Run, UnwritableFolder, find_runs, no_collections, write_text
+from detente.records import RecordError, Run, UnwritableFolder, find_runs, no_collections, write_bytes
 from detente.reports.contributions import balance_section
 from detente.reports.cost import cost_section
 from detente.reports.figures import Figure, Section, conflict_curves, loss_curves, weight_curves
@@ -111,13 +111,21 @@ def write_report(
     """
     with no_collections():
         page = render(studies, title, problems)
-    output = Path(output)
+    return written(Path(output), page.encode("utf-8"))
+
+
+def written(path: Path, data: bytes) -> Path:
+    """A file of the report with its folder, in full or not at all; its path.
+
+    Raises:
+        UnwritableFolder: it cannot be written.
+    """
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, page)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data)
     except OSError as error:
-        raise UnwritableFolder(output, error) from error
-    return output
+        raise UnwritableFolder(path, error) from error
+    return path
 
 
 def _with_outcome(study: Study, outcomes: Mapping[Path, Outcome]) -> Study:

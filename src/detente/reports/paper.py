@@ -10,6 +10,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from math import radians
 from typing import Any
 
 from detente.reports.figures import Figure
@@ -134,7 +135,7 @@ def _end(axes: Any, told: Mapping[str, Any]) -> None:
 def _begin_polar(axes: Any, told: Mapping[str, Any]) -> None:
     angular = told.get("polar", {}).get("angularaxis", {})
     axes.set_theta_direction(-1 if angular.get("direction") == "clockwise" else 1)
-    axes.set_theta_offset(_radians(angular.get("rotation", 0)))
+    axes.set_theta_offset(radians(angular.get("rotation", 0)))
     axes.grid(color=_COLOURS["grid"], linewidth=0.8)
 
 
@@ -267,11 +268,11 @@ def _polar(axes: Any, trace: Mapping[str, Any], figure: Figure, number: int) -> 
     if any(isinstance(angle, str) for angle in theta):
         # Categories stand at equal angles, in the order in which the traces name them.
         names = list(dict.fromkeys(name for other in figure.data for name in other["theta"]))
-        angles = [_radians(360 * names.index(name) / len(names)) for name in theta]
-        axes.set_xticks([_radians(360 * place / len(names)) for place in range(len(names))])
+        angles = [radians(360 * names.index(name) / len(names)) for name in theta]
+        axes.set_xticks([radians(360 * place / len(names)) for place in range(len(names))])
         axes.set_xticklabels([_text(name) for name in names], fontsize=8)
     else:
-        angles = [_radians(angle) for angle in theta]
+        angles = [radians(angle) for angle in theta]
     r = _values(trace["r"])
     if trace.get("fill") == "toself":
         axes.fill(angles, r, color=_colour(trace.get("fillcolor")), linewidth=0, zorder=1)
@@ -484,7 +485,3 @@ def _scale(trace: Mapping[str, Any]) -> Any:
     stops = [(float(place), _colour(colour)) for place, colour in given]
     found = LinearSegmentedColormap.from_list("page", stops)
     return found.reversed() if trace.get("reversescale") else found
-
-
-def _radians(degrees: float) -> float:
-    return degrees * 3.141592653589793 / 180

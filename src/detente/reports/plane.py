@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detente.records import Metric, Run
-from detente.reports.figures import Figure, Section, axis, safe, scale_of, short, straight_line, trace_base
+from detente.reports.figures import Figure, Section, axis, point_traces, safe, scale_of, short, straight_line
 from detente.reports.groups import Group, Study, collect
 from detente.reports.labels import labels
 from detente.reports.published import heading, number, rows_of
@@ -175,31 +175,8 @@ def _plane_traces(group: Group, first: Metric, second: Metric) -> list[dict[str,
     xs, ys = spread(x for x, _ in pairs), spread(y for _, y in pairs)
     assert xs is not None
     assert ys is not None
-    colour = f"@{group.style.colour}"
-    marker = {"color": colour, "size": 13, "symbol": group.style.symbol, "line": {"width": 2}}
-    if group.style.filled:
-        marker["line"] = {"width": 1, "color": "@card"}
-    point: dict[str, Any] = {
-        **trace_base(group),
-        "x": [short(xs.mean)],
-        "y": [short(ys.mean)],
-        "mode": "markers",
-        "marker": marker,
-        "hovertemplate": f"{safe(first.task)} %{{x:.2f}}<br>{safe(second.task)} %{{y:.2f}}",
-    }
-    traces = []
-    if len(pairs) > 1:
-        for name, found in (("error_x", xs), ("error_y", ys)):
-            point[name] = {
-                "type": "data",
-                "array": [short(found.deviation)],
-                "color": colour,
-                "thickness": 1.2,
-            }
-        small = {"color": colour, "size": 5, "symbol": group.style.symbol, "opacity": 0.55}
-        where = {"x": [short(x) for x, _ in pairs], "y": [short(y) for _, y in pairs]}
-        traces.append({**trace_base(group), **where, "mode": "markers", "marker": small, "hoverinfo": "skip"})
-    return [*traces, point]
+    hover = f"{safe(first.task)} %{{x:.2f}}<br>{safe(second.task)} %{{y:.2f}}"
+    return point_traces(group, pairs, (xs, ys), hover)
 
 
 def _pairs(group: Group, first: Metric, second: Metric) -> list[tuple[float, float]]:
