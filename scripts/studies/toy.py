@@ -45,7 +45,7 @@ METHODS = (
     Entry("uniform", "uniform", "uniform"),
     Entry("pcgrad", "PCGrad", "pcgrad"),
     Entry("cagrad", "CAGrad, c = 0.4", "cagrad", ("c=0.4",)),
-    Entry("imtl", "IMTL", "imtl"),
+    Entry("imtl-g", "IMTL-G", "imtl-g"),
     Entry("nash-mtl", "Nash-MTL", "nash-mtl"),
     Entry("mgda", "MGDA", "mgda"),
     Entry("aligned-published", "Aligned-MTL, tolerance of float32", "aligned-mtl", (PUBLISHED,)),
@@ -67,6 +67,11 @@ def preferred(first: float) -> list[Entry]:
     ]
 
 
+def every_entry() -> list[Entry]:
+    """All runs of the page."""
+    return [*METHODS, *(entry for first in PREFERENCES for entry in preferred(first))]
+
+
 def carry_out(entry: Entry, out: Path, steps: int) -> float:
     """The run, if it is not there; its seconds."""
     config = ToyConfig(method=entry.method, option=entry.option, max_steps=steps, scales="aligned-mtl")
@@ -86,7 +91,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=35_000)
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
-    entries = [*METHODS, *(entry for first in PREFERENCES for entry in preferred(first))]
+    entries = every_entry()
     os.environ["OMP_NUM_THREADS"] = "1"
     started = time.monotonic()
     with ProcessPoolExecutor(asked.workers) as pool:
@@ -230,7 +235,11 @@ def _row(toy: Toy, out: Path, entry: Entry) -> tuple[str, ...]:
 def _page(
     toy: Toy, out: Path, fronts: Mapping[str, Mapping[float, Mapping[str, np.ndarray]]], steps: int
 ) -> str:
+    from detente.records import read_run
+
     rows = [_row(toy, out, entry) for entry in METHODS]
+    results = [read_run(out / entry.folder).result for entry in every_entry()]
+    runs, minutes = len(results), sum(float(result["seconds"]) for result in results if result) / 60
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     reached = []
     for kind, runs in fronts.items():
@@ -266,6 +275,12 @@ Dots are starts, stars are ends, dark is early; the grey band is the Pareto set.
 | method | ends within 0.1 of the Pareto set | within 0.1 of the least mean loss | distances from the Pareto set, by start | steps refused (most) | seconds |
 | --- | --- | --- | --- | --- | --- |
 {table}
+
+IMTL is its gradient half, IMTL-G: the whole method also learns a scale for each loss, and where a loss is below zero, as
+here in most of the plane, that scale grows without end (the method says so and stops).
+
+All {runs} runs of this page, those with preferences below included, took {minutes:.0f} minutes of one core; two run at the
+same time.
 
 ## Preferences
 

@@ -13,6 +13,8 @@ from detente.methods.base import Method
 from detente.values import TaskGradients
 
 Array = NDArray[np.float64]
+# Scales are squared beside squared lengths of gradients: e^600 leaves those a factor of e^109 to float64's end.
+_LARGEST_LOGARITHM = 300.0
 
 
 def positive_losses(
@@ -40,6 +42,34 @@ def positive_losses(
             "needs positive losses. Add a constant to that loss (its gradient stays the same) or use another method."
         )
     return losses
+
+
+def learned_scales(method: Method, logarithms: Array, names: Sequence[str]) -> Array:
+    """[T] e to the learned logarithms, as long as their squares are well inside float64.
+
+    Args:
+        method: for messages.
+        logarithms: [T].
+        names: the tasks, in the same order.
+
+    Raises:
+        ValueError: a scale has left every useful range, because that task's loss stays below zero; it is named.
+
+    Example:
+        >>> import detente
+        >>> learned_scales(detente.create("imtl"), np.array([0.0, 301.0]), ("left", "right"))
+        Traceback (most recent call last):
+        ...
+        ValueError: imtl: the learned scale of task 'right' has grown to e^301. It grows without end where a loss...
+    """
+    place = int(logarithms.argmax())
+    if logarithms[place] > _LARGEST_LOGARITHM:
+        raise ValueError(
+            f"{method.declares.name}: the learned scale of task {names[place]!r} has grown to "
+            f"e^{logarithms[place]:.0f}. It grows without end where a loss stays at or below zero. Add a constant to "
+            "that loss (its gradient stays the same) or use a method that learns no scale."
+        )
+    return np.exp(logarithms)
 
 
 def losses_of(method: Method, losses: Mapping[str, Any] | Sequence[Any], expected: Sequence[str]) -> Array:

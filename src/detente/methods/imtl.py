@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from detente.geometry.adam import adam_step
 from detente.geometry.imtl import equal_projections
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import number
+from detente.methods.checks import learned_scales, number
 from detente.methods.registry import register
 from detente.values import Combination, Status, TaskGradients
 
@@ -37,7 +36,7 @@ class IMTL(Method):
         lr: step length of Adam on s, > 0. Ours: the paper learns s with the network's optimizer.
 
     Raises:
-        ValueError: ``lr`` is out of range.
+        ValueError: ``lr`` is out of range; in a step: a loss stayed below zero until its scale was of no use.
 
     Example:
         >>> import detente
@@ -74,7 +73,7 @@ class IMTL(Method):
         assert gramian is not None
         at = self.positions(gradients.names)
         values, moments = self.log_scale.numpy(), self.moments.numpy()
-        scales = np.exp(values[at])
+        scales = learned_scales(self, values[at], gradients.names)
         found = equal_projections(gramian * scales[:, None] * scales)
         slope = scales * gradients.losses - 1
         values[at], moments[at] = adam_step(values[at], moments[at], slope, lr=self.lr)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from detente.geometry.adam import adam_step
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import number
+from detente.methods.checks import learned_scales, number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -31,7 +30,7 @@ class IMTLL(Method):
         lr: step length of Adam on s, > 0. Ours: the paper learns s with the network's optimizer.
 
     Raises:
-        ValueError: ``lr`` is out of range.
+        ValueError: ``lr`` is out of range; in a step: a loss stayed below zero until its scale was of no use.
 
     Example:
         >>> import detente
@@ -69,7 +68,7 @@ class IMTLL(Method):
         """The scales as they are, which then take one step."""
         at = self.positions(gradients.names)
         values, moments = self.log_scale.numpy(), self.moments.numpy()
-        weights = np.exp(values[at])
+        weights = learned_scales(self, values[at], gradients.names)
         slope = weights * gradients.losses - 1
         values[at], moments[at] = adam_step(values[at], moments[at], slope, lr=self.lr)
         return Combination(weights=torch.from_numpy(weights))

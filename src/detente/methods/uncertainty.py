@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 
 from detente.geometry.adam import adam_step
 from detente.methods.base import Declaration, Method, one_of
-from detente.methods.checks import number
+from detente.methods.checks import learned_scales, number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -39,7 +38,7 @@ class Uncertainty(Method):
         lr: step length of Adam on s, > 0. Ours: the papers learn s with the network's optimizer.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range; in a step: a loss stayed below zero until its scale was of no use.
 
     Example:
         >>> import detente
@@ -85,7 +84,9 @@ class Uncertainty(Method):
         """The weights at the present log-variances, which then take one step."""
         at = self.positions(gradients.names)
         values, moments = self.log_variance.numpy(), self.moments.numpy()
-        weights = (0.5 if self.form == "regression" else 1.0) * np.exp(-values[at])
+        weights = (0.5 if self.form == "regression" else 1.0) * learned_scales(
+            self, -values[at], gradients.names
+        )
         slope = 0.5 - weights * gradients.losses
         values[at], moments[at] = adam_step(values[at], moments[at], slope, lr=self.lr)
         return Combination(weights=torch.from_numpy(weights))
