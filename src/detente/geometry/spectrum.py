@@ -126,6 +126,18 @@ def _condition_of_two(norms: Array, cosine: float) -> float:
     return max(1.0, largest / (a * b * math.sqrt((1 - cosine) * (1 + cosine))))
 
 
+def _decompose_two(norms: Array, cosine: float) -> tuple[Array, Array]:
+    """Eigenvalues and vectors for two tasks: half the angle of (a² - b², 2abc), and the product of the values."""
+    a, b = float(norms[0]), float(norms[1])
+    difference, product = (a - b) * (a + b), 2 * a * b * cosine
+    angle = math.atan2(product, difference) / 2
+    largest = (a * a + b * b + math.hypot(difference, product)) / 2
+    independent = 1 - abs(cosine) > 16 * EPS * (1 + abs(cosine))
+    smallest = (a * b) ** 2 * ((1 - cosine) * (1 + cosine)) / largest if independent else 0.0
+    along, across = math.cos(angle), math.sin(angle)
+    return np.array([largest, min(smallest, largest)]), np.array([[along, -across], [across, along]])
+
+
 def _single(gramian: ArrayLike) -> tuple[Array, Array]:
     """Norms and cosines of one Gramian."""
     norms, cosines = unit_rows(gramian)
@@ -143,6 +155,9 @@ def _decompose(gramian: ArrayLike) -> tuple[Array, Array]:
     if longest == 0:
         return np.zeros(tasks), np.eye(tasks)
     scaled = norms / longest
+    if tasks == 2:
+        values, vectors = _decompose_two(scaled, float(cosines[0, 1]))
+        return values * longest**2, vectors
     if scaled.min() > WELL_SCALED:
         values, vectors = np.linalg.eigh(scaled[:, None] * cosines * scaled)
         if values[0] > WELL_CONDITIONED * values[-1]:

@@ -82,14 +82,13 @@ class Toy(AnalyticProblem):
         """
         if theta.shape[-1:] != (2,):
             raise ValueError(f"theta has shape {tuple(theta.shape)}; its last axis must be 2.")
-        x, y = theta[..., 0], theta[..., 1]
-        bend = torch.tanh(-y)
-        distance = torch.stack(((-x - 7) / 2 - bend, (-x + 3) / 2 + bend + 2), dim=-1).abs()
+        x, y = theta[..., :1], theta[..., 1:]
+        ends = theta.new_tensor([7.0, -7.0]) - x  # h₁ is bent around (-θ₁ - 7)/2, h₂ around (-θ₁ + 3)/2 + 2
+        distance = (ends.flip(-1) / 2 + torch.tanh(y) * theta.new_tensor([1.0, -1.0])).abs()
         valleys = _at_least(distance, _LEAST).log() + 6
-        bowls = (torch.stack((7 - x, -7 - x), dim=-1).square() + 0.1 * (-y - 8).square()[..., None]) / 10 - 20
-        above = _at_least(torch.tanh(y / 2), 0)[..., None]
-        below = _at_least(torch.tanh(-y / 2), 0)[..., None]
-        return (above * valleys + below * bowls) * theta.new_tensor(self.factors)
+        bowls = (ends.square() + 0.1 * (y + 8).square()) / 10 - 20
+        fade = torch.tanh(y / 2)
+        return (_at_least(fade, 0) * valleys + _at_least(-fade, 0) * bowls) * theta.new_tensor(self.factors)
 
     @property
     def lower(self) -> torch.Tensor:
@@ -115,7 +114,7 @@ class Toy(AnalyticProblem):
 
 def _at_least(values: torch.Tensor, bound: float) -> torch.Tensor:
     # Not clamp: which gradient that passes at its bound depends on torch's version.
-    return torch.where(values >= bound, values, values.new_tensor(bound))
+    return torch.where(values >= bound, values, bound)
 
 
 def _valley_floor(balance: np.ndarray) -> torch.Tensor:
