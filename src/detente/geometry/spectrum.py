@@ -1,11 +1,11 @@
 """Eigenvalues of a Gramian, its rank, and the condition number of the gradients.
 
 An ordinary eigenvalue routine is right to a machine epsilon of the LARGEST eigenvalue: of gradients whose norms differ
-by 1e6 it leaves three or four digits of the smallest. It serves where the eigenvalues turn out to lie within a factor
-of a thousand. Elsewhere the Gramian is factored, rows of long gradients before
-short ones, G = LLᵀ, and the singular values of that graded factor are taken. They are right to a few machine epsilons
-of themselves times the condition of the gradients scaled to unit length, whatever the norms (Demmel & Veselić 1992
-say why a scaled matrix decides; the tests hold values and vectors against 50-digit arithmetic).
+by 1e6 it leaves three or four digits of the smallest. Two tasks have a closed form. Otherwise that routine serves where
+the eigenvalues turn out to lie within a factor of a thousand; elsewhere the Gramian is factored, rows of long gradients
+before short ones, G = LLᵀ, and the singular values of that graded factor are taken. They are right to a few machine
+epsilons of themselves times the condition of the gradients scaled to unit length, whatever the norms (Demmel &
+Veselić 1992 say why a scaled matrix decides; the tests hold values and vectors against 50-digit arithmetic).
 """
 
 from __future__ import annotations
@@ -118,24 +118,33 @@ def condition_of_rows(norms: Array, cosines: Array) -> float:
 
 
 def _condition_of_two(norms: Array, cosine: float) -> float:
-    """The same in closed form: the eigenvalues have the sum a² + b² and the product a²b²(1 - c²)."""
-    if 1 - abs(cosine) <= 16 * EPS * (1 + abs(cosine)):  # as the rank of any number of tasks
+    """The same in closed form; without squares of the shorter norm, which may vanish."""
+    if _dependent(cosine):
         return math.inf
     a, b = float(norms[0]), float(norms[1])
-    largest = (a * a + b * b + math.hypot((a - b) * (a + b), 2 * a * b * cosine)) / 2
-    return max(1.0, largest / (a * b * math.sqrt((1 - cosine) * (1 + cosine))))
+    return max(1.0, _largest_of_two(a, b, cosine) / (a * b * math.sqrt((1 - cosine) * (1 + cosine))))
+
+
+def _largest_of_two(a: float, b: float, cosine: float) -> float:
+    """The eigenvalues have the sum a² + b² and the product a²b²(1 - c²)."""
+    return (a * a + b * b + math.hypot((a - b) * (a + b), 2 * a * b * cosine)) / 2
+
+
+def _dependent(cosine: float) -> bool:
+    """Whether two gradients are parallel but for rounding, judged as the rank of any number of tasks."""
+    return 1 - abs(cosine) <= 16 * EPS * (1 + abs(cosine))
 
 
 def _decompose_two(norms: Array, cosine: float) -> tuple[Array, Array]:
-    """Eigenvalues and vectors for two tasks: half the angle of (a² - b², 2abc), and the product of the values."""
-    a, b = float(norms[0]), float(norms[1])
-    difference, product = (a - b) * (a + b), 2 * a * b * cosine
-    angle = math.atan2(product, difference) / 2
-    largest = (a * a + b * b + math.hypot(difference, product)) / 2
-    independent = 1 - abs(cosine) > 16 * EPS * (1 + abs(cosine))
-    smallest = (a * b) ** 2 * ((1 - cosine) * (1 + cosine)) / largest if independent else 0.0
+    """The same for two tasks: the vectors stand at half the angle of (a² - b², 2abc)."""
+    b, a = sorted(norms.tolist())  # from the longer one, the angle is small where the lengths differ much
+    angle = math.atan2(2 * a * b * cosine, (a - b) * (a + b)) / 2
+    largest = _largest_of_two(a, b, cosine)
+    smallest = 0.0 if _dependent(cosine) else (a * b) ** 2 * ((1 - cosine) * (1 + cosine)) / largest
     along, across = math.cos(angle), math.sin(angle)
-    return np.array([largest, min(smallest, largest)]), np.array([[along, -across], [across, along]])
+    longer, shorter = [along, -across], [across, along]
+    vectors = [longer, shorter] if norms[0] >= norms[1] else [shorter, longer]
+    return np.array([largest, min(smallest, largest)]), np.array(vectors)
 
 
 def _single(gramian: ArrayLike) -> tuple[Array, Array]:
