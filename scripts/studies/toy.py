@@ -24,6 +24,7 @@ import torch
 
 from detente.experiments import find
 from detente.experiments.toy import ToyConfig, read_paths
+from detente.geometry.spectrum import spectrum
 from detente.problems import Toy
 from detente.sweeps.sweep import flags_of
 
@@ -120,6 +121,11 @@ def write(page: Path, out: Path, steps: int) -> None:
         for place, kind in enumerate(("fixed weights", "Aligned-MTL, float32", "Aligned-MTL, float64"))
     }
     _preferences(toy, fronts, images / "toy-preferences.png")
+    _tolerance(
+        toy,
+        {entry.title: read_paths(out / entry.folder) for entry in METHODS[-2:]},
+        images / "toy-tolerance.png",
+    )
     page.write_text(_page(toy, out, fronts, steps), encoding="utf-8")
 
 
@@ -166,12 +172,13 @@ def _paths(toy: Toy, found: Mapping[str, Mapping[str, np.ndarray]], file: Path) 
     x, y, mean = _landscape(toy, (0.5, 0.5))
     pareto = toy.pareto_set(200).numpy()
     for axes, (title, stored) in zip(panels, found.items(), strict=True):
-        axes.contour(x, y, mean, levels=22, cmap="Greys_r", linewidths=0.6, alpha=0.6)
+        axes.contour(x, y, mean, levels=26, colors="#b5b5b5", linestyles="solid", linewidths=0.5)
         axes.plot(*pareto.T, color="#7f7f7f", linewidth=4, alpha=0.6, solid_capstyle="round", zorder=2)
         _along(axes, stored["paths"][..., 0], stored["paths"][..., 1])
         axes.set(xlim=(-10.4, 10.4), ylim=(-10.4, 10.4), xticks=(-10, 0, 10), yticks=(-10, 0, 10))
         axes.set_title(title, fontsize=9)
         axes.set_aspect("equal")
+    _label_outside(panels, 4, "θ₁", "θ₂")
     canvas.savefig(file, dpi=130)
 
 
@@ -183,7 +190,7 @@ def _objectives(toy: Toy, found: Mapping[str, Mapping[str, np.ndarray]], file: P
         axes.plot(*front.T, color="#7f7f7f", linewidth=3.5, alpha=0.7, solid_capstyle="round")
         _along(axes, stored["losses"][..., 0], stored["losses"][..., 1])
         axes.set_title(title, fontsize=9)
-        axes.set(xlabel="first loss", ylabel="second loss")
+    _label_outside(panels, 4, "first loss", "second loss")
     canvas.savefig(file, dpi=130)
 
 
@@ -203,9 +210,71 @@ def _preferences(
             axes.plot(*asked, "s", color="none", markeredgecolor=colour, markersize=11, markeredgewidth=1.5)
             ends = stored["losses"][:, -1]
             axes.plot(*ends.T, "o", color=colour, markersize=5, label=f"{first:g}", alpha=0.85)
-        axes.set(xlabel="first loss", ylabel="second loss", title=title)
-    panels[0].legend(title="weight of the first", fontsize=8, title_fontsize=8, frameon=False)
+        axes.set_title(title, fontsize=9)
+    _label_outside(panels, 3, "first loss", "second loss")
+    canvas.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside right center",
+        title="weight of\nthe first loss",
+        fontsize=8,
+        title_fontsize=8,
+        frameon=False,
+    )
     canvas.savefig(file, dpi=130)
+
+
+def _tolerance(toy: Toy, found: Mapping[str, Mapping[str, np.ndarray]], file: Path) -> None:
+    """What the rank tolerance decides: the ratio of the eigenvalues along the paths, and how far the optimum is."""
+    canvas, (ratios, distances) = _grid(2, 2, 4.4)
+    optimum = toy.optimum((0.5, 0.5)).numpy()
+    for (title, stored), colour in zip(found.items(), ("#0072b2", "#d55e00"), strict=True):
+        steps = stored["steps"]
+        for number, path in enumerate(stored["paths"]):
+            values = np.array([spectrum(gramian).values for gramian in _gramians(toy, path)])
+            label = title if number == 0 else None
+            ratios.plot(
+                steps,
+                np.maximum(values[:, 1] / values[:, 0], 1e-17),
+                color=colour,
+                linewidth=0.8,
+                label=label,
+            )
+            away = np.linalg.norm(path - optimum, axis=1)
+            distances.plot(steps, np.maximum(away, 1e-6), color=colour, linewidth=0.9, label=label)
+    for name, epsilon in (("float32", np.finfo(np.float32).eps), ("float64", np.finfo(np.float64).eps)):
+        ratios.axhline(2 * float(epsilon), color="#555555", linestyle="--", linewidth=0.9)
+        ratios.annotate(
+            f"tolerance of {name}",
+            (1, 2 * float(epsilon)),
+            xycoords=("axes fraction", "data"),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
+    ratios.set(yscale="log", xlabel="step", title="smaller over larger eigenvalue of the Gramian")
+    distances.set(yscale="log", xlabel="step", title="distance from the least mean loss")
+    for axes in (ratios, distances):
+        axes.title.set_fontsize(9)
+    distances.legend(fontsize=8, frameon=False)
+    canvas.savefig(file, dpi=130)
+
+
+def _gramians(toy: Toy, points: np.ndarray) -> np.ndarray:
+    """[K, 2, 2] at points [K, 2]."""
+    theta = torch.from_numpy(points).requires_grad_()
+    losses = toy.losses(theta).sum(dim=0)
+    rows = torch.stack([torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in losses], dim=1)
+    return (rows @ rows.mT).numpy()
+
+
+def _label_outside(panels: Sequence[Any], columns: int, x: str, y: str) -> None:
+    """Names of the axes at the left and at the bottom of a grid."""
+    for number, axes in enumerate(panels):
+        if number % columns == 0:
+            axes.set_ylabel(y)
+        if number + columns >= len(panels):
+            axes.set_xlabel(x)
 
 
 # ---- the page
@@ -232,6 +301,11 @@ def _row(toy: Toy, out: Path, entry: Entry) -> tuple[str, ...]:
     )
 
 
+def _from_optimum(toy: Toy, stored: Mapping[str, np.ndarray]) -> str:
+    away = np.linalg.norm(stored["paths"][:, -1] - toy.optimum((0.5, 0.5)).numpy(), axis=1)
+    return ", ".join(f"{value:.2g}" for value in away)
+
+
 def _page(
     toy: Toy, out: Path, fronts: Mapping[str, Mapping[float, Mapping[str, np.ndarray]]], steps: int
 ) -> str:
@@ -239,7 +313,7 @@ def _page(
 
     rows = [_row(toy, out, entry) for entry in METHODS]
     results = [read_run(out / entry.folder).result for entry in every_entry()]
-    runs, minutes = len(results), sum(float(result["seconds"]) for result in results if result) / 60
+    count, minutes = len(results), sum(float(result["seconds"]) for result in results if result) / 60
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     reached = []
     for kind, runs in fronts.items():
@@ -255,6 +329,7 @@ def _page(
                     f"{np.median(distance):.2g}",
                 )
             )
+    float32, float64 = (_from_optimum(toy, read_paths(out / entry.folder)) for entry in METHODS[-2:])
     preferences = "\n".join("| " + " | ".join(row) + " |" for row in reached)
     return f"""# The toy problem
 
@@ -277,10 +352,11 @@ Dots are starts, stars are ends, dark is early; the grey band is the Pareto set.
 {table}
 
 IMTL is its gradient half, IMTL-G: the whole method also learns a scale for each loss, and where a loss is below zero, as
-here in most of the plane, that scale grows without end (the method says so and stops).
+here in most of the plane, that scale grows without end (the method says so and stops). A step is refused where a
+method's equations have no solution: for Nash-MTL on the Pareto set, where the gradients are antiparallel.
 
-All {runs} runs of this page, those with preferences below included, took {minutes:.0f} minutes of one core; two run at the
-same time.
+All {count} runs of this page, those with preferences below included, took {minutes:.0f} minutes of a core; two run at the
+same time, so half of that by the clock.
 
 ## Preferences
 
@@ -294,12 +370,18 @@ Squares are the optima of the weighted sums that a preference asks for, dots are
 
 ## The rank tolerance
 
+![Eigenvalues and distance from the optimum along the paths of Aligned-MTL with two tolerances](images/toy-tolerance.png)
+
 On the Pareto set the two gradients are antiparallel and the Gramian has rank 1. Aligned-MTL divides by the square roots
 of the eigenvalues that it keeps, and scales by the least of them. Near the Pareto set the smaller eigenvalue falls below
 a tolerance at the level of float32, is dropped, and the least of those kept becomes the larger one: the step, which had
 been of the size of the small eigenvalue, grows by orders of magnitude and runs along the front to the point that the
-preference asks for. With a tolerance at the level of float64 the same formula keeps both directions and creeps. The
-papers' pictures are those of the first; `rank_tol` is therefore an option that a record names, not a constant.
+preference asks for. It hovers where the ratio of the eigenvalues is the tolerance, a little off the optimum. With a
+tolerance at the level of float64 the same formula keeps both directions and creeps along the front, but where it
+arrives it is closer. Distances of the five ends from the optimum: {float32} with the first;
+{float64} with the second.
+
+The papers' pictures are those of the first; `rank_tol` is therefore an option that a record names, not a constant.
 """
 
 
