@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -40,4 +41,7 @@ def _enter(rank: int, work: Callable[..., Any], size: int, folder: str, argument
     # Each writes its own file: the parent reads them when all have ended.
     (Path(folder) / f"rank-{rank}").write_bytes(pickle.dumps(found))
     dist.barrier()
+    # torch 2.6 joins gloo's threads in here without letting go of the interpreter's lock, and waits for ever if one of
+    # them still needs it to give back the last collective's tensors. A moment without the lock lets them end.
+    time.sleep(0.1)
     dist.destroy_process_group()
