@@ -14,7 +14,7 @@ from math import radians
 from typing import Any
 
 from detente.reports.figures import Figure
-from detente.reports.plane import _paper_fonts, _plain_math
+from detente.reports.printing import paper_fonts, plain_math
 from detente.reports.style import PALETTE, SHAPES
 
 _COLOURS = {**PALETTE["light"], "card": "#ffffff"}
@@ -61,7 +61,7 @@ def drawn(figure: Figure, kind: str, dpi: int = 200) -> bytes:
         raise Undrawable(
             f"figure {figure.title!r}: no export for scatterpolar beside {', '.join(sorted(kinds))}."
         )
-    with _paper_fonts(), mpl.rc_context({"pdf.fonttype": 42, "axes.titlesize": 10, "hatch.linewidth": 0.6}):
+    with paper_fonts(), mpl.rc_context({"pdf.fonttype": 42, "axes.titlesize": 10, "hatch.linewidth": 0.6}):
         canvas = Canvas(figsize=(6.4, max(2.8, figure.height / _INCH)), layout="constrained")
         axes = canvas.add_subplot(projection="polar" if polar else None)
         try:
@@ -443,7 +443,7 @@ def _label(trace: Mapping[str, Any]) -> str:
 def _text(text: str, escaped: bool = True) -> str:
     """A text of the page as matplotlib takes it: no simple HTML, no formulas."""
     lines = re.sub(r"<br\s*/?>", "\n", text) if escaped else text
-    return _plain_math(html.unescape(lines) if escaped else lines)
+    return plain_math(html.unescape(lines) if escaped else lines)
 
 
 def _values(found: Sequence[Any]) -> list[Any]:

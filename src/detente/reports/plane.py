@@ -10,6 +10,7 @@ from detente.records import Metric, Run
 from detente.reports.figures import Figure, Section, axis, point_traces, safe, scale_of, short, straight_line
 from detente.reports.groups import Group, Study, collect
 from detente.reports.labels import labels
+from detente.reports.printing import paper_fonts, plain_math
 from detente.reports.published import heading, number, rows_of
 from detente.reports.radar import tasks_section
 from detente.reports.style import PALETTE, PUBLISHED, SHAPES
@@ -234,7 +235,7 @@ def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
     from matplotlib.figure import Figure as Canvas
 
     colours = PALETTE["light"]
-    with _paper_fonts():
+    with paper_fonts():
         canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
         axes = canvas.add_subplot()
         axes.grid(color=colours["grid"], linewidth=0.8)
@@ -284,26 +285,13 @@ def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
             limits = _limits(study, metric, alone.get(metric.task))
             assert limits is not None
             limit(*(limits if metric.higher_is_better else limits[::-1]))
-            name(_plain_math(axis_title(metric)))
+            name(plain_math(axis_title(metric)))
         handles, labels = axes.get_legend_handles_labels()
-        legend = [_plain_math(name) for name in labels]
+        legend = [plain_math(name) for name in labels]
         canvas.legend(handles, legend, loc="outside right upper", frameon=False, fontsize=9)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         canvas.savefig(path, dpi=200, facecolor="white")
     return Path(path)
-
-
-def _paper_fonts() -> Any:
-    import matplotlib as mpl
-
-    return mpl.rc_context(
-        {"font.size": 10, "axes.labelsize": 10, "axes.edgecolor": "#888888", "svg.fonttype": "none"}
-    )
-
-
-def _plain_math(text: str) -> str:
-    """A dollar sign in a name is no formula."""
-    return text.replace("$", r"\$")
 
 
 __all__ = ["accuracy_plane_png", "axis_title", "plane_section"]
