@@ -13,7 +13,7 @@ import torch
 
 from detente.records import RunFolder, read_run, versions
 from detente.training import loggers as module
-from detente.training.loggers import LoggerMissing, Loggers, check_loggers
+from detente.training.loggers import LoggerFailed, LoggerMissing, Loggers, check_loggers
 
 TASKS = ["left", "<right>"]
 
@@ -203,6 +203,19 @@ def test_a_logger_that_fails_is_told_and_left_out(tmp_path, service, monkeypatch
     loggers.step(step(10, 1))
     loggers.finish(RESULT)
     assert "loss/left" in (tmp_path / "csv" / "metrics.csv").read_text()
+
+
+def test_a_logger_that_does_not_start_says_so_and_the_others_are_closed(tmp_path, monkeypatch):
+    def unreachable(folder, config, book):
+        raise OSError("no such server")
+
+    monkeypatch.setitem(module._KINDS, "mlflow", module._Kind((), "", False, unreachable))
+    loggers = Loggers(["csv", "mlflow"], tmp_path, config())
+    with pytest.raises(
+        LoggerFailed, match=r"logger mlflow did not start .OSError: no such server.*--logger mlflow"
+    ):
+        loggers.begin()
+    assert loggers._open == {}
 
 
 def test_random_numbers_are_those_without_a_logger(tmp_path, monkeypatch):

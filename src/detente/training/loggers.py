@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import warnings
@@ -30,6 +31,10 @@ BOOKS = "loggers.json"
 
 class LoggerMissing(ImportError):
     """A logger was asked for whose packages are not installed."""
+
+
+class LoggerFailed(RuntimeError):
+    """A logger did not start."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,9 @@ class Loggers:
 
         Args:
             recorded: the run as its folder holds it, without what comes after the checkpoint it goes on from.
+
+        Raises:
+            LoggerFailed: a logger cannot be opened: a service that is not reached, a wrong key.
         """
         if not self._names:
             return
@@ -124,7 +132,14 @@ class Loggers:
         with _same_random_numbers():
             for name in self._names:
                 book = self._books.setdefault(name, {"step": -1, "epoch": -1, "result": -1})
-                self._open[name] = _KINDS[name].make(self._folder, self._config, book)
+                try:
+                    self._open[name] = _KINDS[name].make(self._folder, self._config, book)
+                except Exception as error:
+                    self.close()
+                    raise LoggerFailed(
+                        f"logger {name} did not start ({type(error).__name__}: {error}). Mend that, or train without "
+                        f"--logger {name}: the records of the run have everything."
+                    ) from error
                 if not _KINDS[name].local:
                     write_json(books, self._books)
                     if book["step"] < 0:  # they cannot be told twice
@@ -278,11 +293,15 @@ def _wandb(folder: Path, config: Mapping[str, Any], book: dict[str, Any]) -> Any
 def _mlflow(folder: Path, config: Mapping[str, Any], book: dict[str, Any]) -> Any:
     from lightning.pytorch.loggers import MLFlowLogger
 
+    own = Path(folder).resolve()
+    server = os.environ.get("MLFLOW_TRACKING_URI")
     logger = MLFlowLogger(
         experiment_name=config["experiment"],
         run_name=config["label"],
         run_id=book.get("run"),
-        save_dir=str(folder / "mlruns"),
+        # A folder of files, Lightning's choice without an address, MLflow refuses by now (3.17 does).
+        tracking_uri=server or f"sqlite:///{own / 'mlflow.db'}",
+        artifact_location=None if server else (own / "mlflow").as_uri(),
     )
     book["run"] = logger.run_id
     return logger
