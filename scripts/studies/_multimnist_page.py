@@ -186,8 +186,7 @@ def _packaged(outcome: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
     percent = {entry["name"]: entry for entry in outcome["contenders"]}
     comparison = outcome["comparison"] or {"methods": {}, "reference": None}
     said = comparison["methods"]
-    times = _times(runs)
-    base = times.get("uniform")
+    costs = outcome["cost"] or {}
     order = sorted(
         percent,
         key=lambda name: (
@@ -201,8 +200,9 @@ def _packaged(outcome: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
         "",
         f"![Test accuracy of every contender on the two digits](images/{PLANE})",
         "",
-        "Means over the seeds on test data; the line joins fixed weightings at the tuned learning rate (weight of the "
-        "left digit beside each), broken lines are networks trained for one digit alone.",
+        "Means over the seeds on test data, bars are standard deviations; the line joins fixed weightings at the tuned "
+        "learning rate (weight of the left digit beside each; those that give up a digit lie outside), broken lines are "
+        "networks trained for one digit alone.",
         "",
         f"![Δm of every contender with intervals](images/{FOREST})",
         "",
@@ -223,14 +223,13 @@ def _packaged(outcome: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
             if choice is None
             else [f"{choice['learning_rate']:g}", _options(choice["options"])]
         )
-        step = times.get(name)
-        cells.append("" if step is None or base is None else f"{step / base:.2f}")
+        cells.append(_cost(costs.get(name)))
         lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Accuracies and Δm are mean ± standard deviation over the seeds; Δm is lower the better, against the single tasks. "
-        "The time of a step is the least of a contender's runs, which what else was running disturbs least, relative to "
-        "that of uniform weights.",
+        "The time of a step is relative to that of uniform weights, measured in turns when all runs were done: the median "
+        "of the turns, and their range.",
         "",
         *_alike(said),
         *_spaces(outcome),
@@ -246,6 +245,13 @@ def _packaged(outcome: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
 def _without_names(sentence: str) -> str:
     """A family of tests without everybody's name."""
     return re.sub(r"(paired t-tests? of the score against .+?): .*", r"\1, corrected together.", sentence)
+
+
+def _cost(measured: Mapping[str, Any] | None) -> str:
+    """Time of a step and its range; of single tasks nothing was measured."""
+    if measured is None:
+        return ""
+    return f"{measured['relative']:.2f} ({measured['low']:.2f}–{measured['high']:.2f})"
 
 
 def _compared(said: Mapping[str, Any] | None) -> list[str]:
@@ -277,16 +283,6 @@ def _spaces(outcome: Mapping[str, Any]) -> list[str]:
     if guards:
         text += f" Guards, which refuse steps: {_listed(guards)}."
     return [text]
-
-
-def _times(runs: Sequence[Run]) -> dict[str, float]:
-    """Contender to the least time of a step over its runs, each the median over the run's steps."""
-    found: dict[str, float] = {}
-    for run in runs:
-        taken = None if run.result is None else run.result["seconds_per_step"]
-        if taken is not None:
-            found[run.label] = min(taken, found.get(run.label, taken))
-    return found
 
 
 def _alike(said: Mapping[str, Any]) -> list[str]:

@@ -65,6 +65,8 @@ def plane(outcome: Mapping[str, Any], file: Path) -> None:
         axes.plot(x, y, "-", color=_INK["muted"], linewidth=2, alpha=0.8, zorder=2, label="fixed weightings")
         axes.plot(x, y, "o", color="white", markeredgecolor=_INK["muted"], markersize=5, zorder=3)
         for across, up, point in zip(x, y, listed, strict=True):
+            if any(np.allclose((across, up), point) for point in points.values()):  # a name stands there
+                continue
             axes.annotate(
                 f"{point['weights'][0]:.2g}",
                 (across, up),
@@ -75,6 +77,7 @@ def plane(outcome: Mapping[str, Any], file: Path) -> None:
                 fontsize=7,
                 color=_INK["muted"],
                 zorder=3,
+                annotation_clip=True,
             )
     for name in kept:
         verdict = "reference" if name == reference else compared.get(name, {}).get("verdict")
@@ -93,9 +96,9 @@ def plane(outcome: Mapping[str, Any], file: Path) -> None:
             ecolor=(colour, 0.28),
             zorder=5 if name == reference else 4,
         )
-    _limit(axes, [points[name] for name in kept], front, alone, (first, second))
+    _limit(axes, [points[name] for name in kept], alone, (first, second))
     axes.set(xlabel=f"{first} digit: test accuracy (%)", ylabel=f"{second} digit: test accuracy (%)")
-    _label(canvas, axes, points, _worth_naming(points, kept, reference))
+    _label(canvas, axes, points, _together(points, _worth_naming(points, kept, reference), reference))
     _legend(
         canvas,
         {"reference" if n == reference else compared.get(n, {}).get("verdict") or "not tested" for n in kept},
@@ -211,16 +214,11 @@ def _reach(said: Mapping[str, Any], order: Sequence[str]) -> tuple[float, float]
 
 
 def _limit(
-    axes: Any,
-    points: Sequence[tuple[float, ...]],
-    front: Sequence[Mapping[str, Any]],
-    alone: Mapping[str, float],
-    tasks: tuple[str, str],
+    axes: Any, points: Sequence[tuple[float, ...]], alone: Mapping[str, float], tasks: tuple[str, str]
 ) -> None:
+    """Around the contenders and the single tasks; the ends of the front, where one task is given up, lie outside."""
     for place, (task, limit) in enumerate(zip(tasks, (axes.set_xlim, axes.set_ylim), strict=True)):
-        values = [point[place] for point in points]
-        values += [100 * point["test"][task] for point in front if not point["dominated"]]
-        values += [100 * alone[task]] if task in alone else []
+        values = [point[place] for point in points] + ([100 * alone[task]] if task in alone else [])
         if values:
             room = 0.08 * (max(values) - min(values)) or 0.5
             limit(min(values) - room, max(values) + room)
@@ -242,19 +240,33 @@ def _worth_naming(
     return list(dict.fromkeys([name for name in (reference, *outermost, *_NAMED) if name and name in kept]))
 
 
-def _label(canvas: Any, axes: Any, points: Mapping[str, tuple[float, ...]], names: Sequence[str]) -> None:
+def _together(
+    points: Mapping[str, tuple[float, ...]], names: Sequence[str], reference: str | None
+) -> dict[str, str]:
+    """Name to what is written beside its point: of several with the same results one line, the reference first."""
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name in names:
+        groups.setdefault(points[name], []).append(name)
+    return {
+        members[0]: " = ".join(sorted(members, key=lambda name: name != reference))
+        for members in groups.values()
+    }
+
+
+def _label(canvas: Any, axes: Any, points: Mapping[str, tuple[float, ...]], names: Mapping[str, str]) -> None:
     """Each name where it covers the fewest points and other names."""
     from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
 
     canvas.draw_without_rendering()
     taken: list[Any] = []
     dots = axes.transData.transform(np.array(list(points.values())) if points else np.zeros((0, 2)))
-    for name in names:
+    for name, written in names.items():
         best = None
-        for radius in (8, 16, 28, 42):
+        for radius in (8, 16, 28, 42, 60):
             for across, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)):
                 text = axes.annotate(
-                    name,
+                    written,
                     points[name],
                     xytext=(radius * across, radius * up),
                     textcoords="offset points",
@@ -265,9 +277,10 @@ def _label(canvas: Any, axes: Any, points: Mapping[str, tuple[float, ...]], name
                     zorder=6,
                     arrowprops={"arrowstyle": "-", "color": _INK["muted"], "linewidth": 0.6, "shrinkB": 3},
                 )
-                box = text.get_window_extent(canvas.canvas.get_renderer())
+                text.update_positions(canvas.canvas.get_renderer())
+                box = Text.get_window_extent(text, canvas.canvas.get_renderer())  # without its arrow
                 inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-                cost = 3 * sum(box.overlaps(other) for other in taken) + 100 * (not inside) + radius / 100
+                cost = 10 * sum(box.overlaps(other) for other in taken) + 100 * (not inside) + radius / 100
                 cost += sum(box.contains(*dot) for dot in dots)
                 if best is None or cost < best[0]:
                     if best is not None:
