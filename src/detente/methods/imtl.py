@@ -71,6 +71,7 @@ class IMTL(Method):
         """Equal projections of the scaled gradients; then the scales take one step."""
         gramian = gradients.gramian
         assert gramian is not None
+        assert gradients.losses is not None
         at = self.positions(gradients.names)
         values, moments = self.log_scale.numpy(), self.moments.numpy()
         scales = learned_scales(self, values[at], gradients.names)

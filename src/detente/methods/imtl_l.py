@@ -66,6 +66,7 @@ class IMTLL(Method):
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The scales as they are, which then take one step."""
+        assert gradients.losses is not None
         at = self.positions(gradients.names)
         values, moments = self.log_scale.numpy(), self.moments.numpy()
         weights = learned_scales(self, values[at], gradients.names)

@@ -82,6 +82,7 @@ class Uncertainty(Method):
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The weights at the present log-variances, which then take one step."""
+        assert gradients.losses is not None
         at = self.positions(gradients.names)
         values, moments = self.log_variance.numpy(), self.moments.numpy()
         weights = (0.5 if self.form == "regression" else 1.0) * learned_scales(
