@@ -109,9 +109,16 @@ def headline_and_sentences(outcome: Outcome) -> tuple[str, list[str]]:
     front = outcome["front"]
     if front:
         gains = {name: gain for name, gain in front["gain"].items() if gain > 0 and name != reference}
-        beyond = _listed(sorted(gains, key=lambda name: -gains[name])) if gains else "no method"
-        lie = "lies" if len(gains) < 2 else "lie"
-        sentences.append(f"In the mean over the seeds {beyond} {lie} beyond the front of fixed weightings.")
+        names = sorted(gains, key=lambda name: -gains[name])
+        if names:
+            sentences.append(
+                "In the mean over the seeds no fixed weighting that was run is at least as good in every task as "
+                f"{_listed(names, 'or')}; weightings between those that were run may be."
+            )
+        else:
+            sentences.append(
+                "In the mean over the seeds some fixed weighting is at least as good in every task as each method."
+            )
     if outcome["failures"]:
         sentences.append(
             f"{len(outcome['failures'])} runs failed and are left out; their reasons are in {OUTCOME}."
@@ -168,5 +175,5 @@ def _score(comparison: Mapping[str, Any]) -> str:
     return f"The score, lower being better: {meaning.rstrip('.')}."
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _listed(names: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} {last} {names[-1]}"
