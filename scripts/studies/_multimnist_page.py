@@ -186,7 +186,7 @@ def _packaged(outcome: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
     percent = {entry["name"]: entry for entry in outcome["contenders"]}
     comparison = outcome["comparison"] or {"methods": {}, "reference": None}
     said = comparison["methods"]
-    costs = outcome["cost"] or {}
+    costs = outcome.get("cost") or {}
     order = sorted(
         percent,
         key=lambda name: (

@@ -107,6 +107,9 @@ SPREAD = {
 
 def test_words_table_and_pictures_follow_from_the_outcome(study: ModuleType, tmp_path: Path) -> None:
     sweep = outcome_of(SPREAD, tmp_path / "sweep")
+    outcome = json.loads((sweep / "outcome.json").read_text())
+    outcome["cost"] = {"dwa": {"relative": 1.254, "low": 1.0, "high": 1.5}}
+    (sweep / "outcome.json").write_text(json.dumps(outcome))
     study.write(tmp_path / "page.md", sweep, None, "another command")
     text = (tmp_path / "page.md").read_text()
     assert "**Packaged digits: cagrad (exact) is better than tuned scalarisation.**" in text
@@ -118,6 +121,7 @@ def test_words_table_and_pictures_follow_from_the_outcome(study: ModuleType, tmp
     assert rows["cagrad (exact)"][5] == "better"
     assert rows["cagrad (exact)"][7] == "`c=0.4`"
     assert float(rows["cagrad (exact)"][3]) == pytest.approx(-100 * 0.02 / 0.9, abs=0.2)
+    assert rows["dwa"][-1] == "1.25 (1.00–1.50)" and "(" not in rows["uniform"][-1]
     assert rows["tuned scalarisation"][5] == "reference" and rows["dwa"][5] == "worse"
     assert rows["single task: left"][:2] == ["90.00 ± 0.00", ""]
     assert str(tmp_path) not in text and "platform" not in text and "this machine" not in text
@@ -255,7 +259,9 @@ def test_a_tiny_sweep_becomes_a_page(tmp_path: Path) -> None:
         for cell, task in zip(rows[entry["name"]], TASKS, strict=False):
             if task in entry["test"]:
                 assert cell == f"{100 * entry['test'][task]['mean']:.2f}"
-    assert rows["uniform"][-1] == "1.00", "seconds of a step relative to uniform weights"
+    for name, cost in outcome["cost"].items():
+        assert rows[name][-1].startswith(f"{cost['relative']:.2f} ("), name
+    assert "uniform" in outcome["cost"]
     assert "--methods uniform mgda" in text and str(tmp_path) not in text
 
 

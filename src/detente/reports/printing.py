@@ -6,7 +6,14 @@ from typing import Any
 
 
 def paper_fonts() -> Any:
-    """A context in which figures are drawn with the sizes of a paper; text stays text in SVG files."""
+    """A context in which figures are drawn with the sizes of a paper; text stays text in SVG files.
+
+    Example:
+        >>> import matplotlib as mpl
+        >>> with paper_fonts():
+        ...     mpl.rcParams["font.size"]
+        10.0
+    """
     import matplotlib as mpl
 
     return mpl.rc_context(
