@@ -62,7 +62,7 @@ def write(page: Path, sweep: Path | None, full: Path | None, usual: str) -> None
     if outcome is not None:
         plane(outcome, images / PLANE)
         forest(outcome, images / FOREST)
-        parts += _packaged(outcome, runs)
+        parts += _packaged(outcome)
     if rows:
         parts += _protocol(rows, missing)
     parts += _made(outcome, runs, rows, usual)
@@ -182,7 +182,7 @@ def _verdict_of_protocol(rows: Mapping[str, Row]) -> list[str]:
 # ---- the packaged digits
 
 
-def _packaged(outcome: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+def _packaged(outcome: Mapping[str, Any]) -> list[str]:
     percent = {entry["name"]: entry for entry in outcome["contenders"]}
     comparison = outcome["comparison"] or {"methods": {}, "reference": None}
     said = comparison["methods"]
@@ -353,7 +353,8 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
         f"Published: {source}, as quoted in the protocol (look them up before leaning on a last digit); the paper trains "
         "on 60,000 composites and names no validation split. Differences and the published Δm are ranges because the published numbers are rounded. Where a cell is "
         "empty the paper has no such row"
-        + ("." if ours else ", or a single task that Δm needs is not there yet."),
+        + ("." if ours else ", or a single task that Δm needs is not there yet.")
+        + " Times are those of the runs, whatever ran beside them.",
         "",
     ]
     return lines

@@ -26,9 +26,11 @@ from detente.experiments import find
 from detente.experiments.toy import ToyConfig, read_paths
 from detente.geometry.spectrum import spectrum
 from detente.problems import Toy
+from detente.records import read_run, write_text
 from detente.sweeps.sweep import flags_of
 
 PREFERENCES = (0.1, 0.3, 0.5, 0.7, 0.9)
+STEPS = 35_000
 PUBLISHED = "rank_tol=published"
 
 
@@ -89,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--page", type=Path, help="write this page, and its pictures into images/ beside it")
-    parser.add_argument("--steps", type=int, default=35_000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
     entries = every_entry()
@@ -112,21 +114,17 @@ def write(page: Path, out: Path, steps: int) -> None:
     images = page.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     toy = Toy("aligned-mtl")
-    _paths(toy, {entry.title: read_paths(out / entry.folder) for entry in METHODS}, images / "toy-paths.png")
-    _objectives(
-        toy, {entry.title: read_paths(out / entry.folder) for entry in METHODS}, images / "toy-losses.png"
-    )
+    found = {entry.title: read_paths(out / entry.folder) for entry in METHODS}
+    _paths(toy, found, images / "toy-paths.png")
+    _objectives(toy, found, images / "toy-losses.png")
     fronts = {
         kind: {first: read_paths(out / preferred(first)[place].folder) for first in PREFERENCES}
         for place, kind in enumerate(("fixed weights", "Aligned-MTL, float32", "Aligned-MTL, float64"))
     }
     _preferences(toy, fronts, images / "toy-preferences.png")
-    _tolerance(
-        toy,
-        {entry.title: read_paths(out / entry.folder) for entry in METHODS[-2:]},
-        images / "toy-tolerance.png",
-    )
-    page.write_text(_page(toy, out, fronts, steps), encoding="utf-8")
+    aligned = {entry.title: found[entry.title] for entry in METHODS[-2:]}
+    _tolerance(toy, aligned, images / "toy-tolerance.png")
+    write_text(page, _page(toy, out, fronts, steps))
 
 
 def _landscape(toy: Toy, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -226,7 +224,6 @@ def _preferences(
 def _tolerance(toy: Toy, found: Mapping[str, Mapping[str, np.ndarray]], file: Path) -> None:
     """What the rank tolerance decides: the ratio of the eigenvalues along the paths, and how far the optimum is."""
     canvas, (ratios, distances) = _grid(2, 2, 4.4)
-    optimum = toy.optimum((0.5, 0.5)).numpy()
     for (title, stored), colour in zip(found.items(), ("#0072b2", "#d55e00"), strict=True):
         steps = stored["steps"]
         for number, path in enumerate(stored["paths"]):
@@ -239,8 +236,9 @@ def _tolerance(toy: Toy, found: Mapping[str, Mapping[str, np.ndarray]], file: Pa
                 linewidth=0.8,
                 label=label,
             )
-            away = np.linalg.norm(path - optimum, axis=1)
-            distances.plot(steps, np.maximum(away, 1e-6), color=colour, linewidth=0.9, label=label)
+            distances.plot(
+                steps, np.maximum(_from_optimum(toy, path), 1e-6), color=colour, linewidth=0.9, label=label
+            )
     for name, epsilon in (("float32", np.finfo(np.float32).eps), ("float64", np.finfo(np.float64).eps)):
         ratios.axhline(2 * float(epsilon), color="#555555", linestyle="--", linewidth=0.9)
         ratios.annotate(
@@ -258,6 +256,11 @@ def _tolerance(toy: Toy, found: Mapping[str, Mapping[str, np.ndarray]], file: Pa
         axes.title.set_fontsize(9)
     distances.legend(fontsize=8, frameon=False)
     canvas.savefig(file, dpi=130)
+
+
+def _from_optimum(toy: Toy, points: np.ndarray, first: float = 0.5) -> np.ndarray:
+    """[K] distances of points [K, 2] from where the weighted sum of the losses is least."""
+    return np.linalg.norm(points - toy.optimum((first, 1 - first)).numpy(), axis=1)
 
 
 def _gramians(toy: Toy, points: np.ndarray) -> np.ndarray:
@@ -281,15 +284,11 @@ def _label_outside(panels: Sequence[Any], columns: int, x: str, y: str) -> None:
 
 
 def _row(toy: Toy, out: Path, entry: Entry) -> tuple[str, ...]:
-    from detente.records import read_run
-
     run = read_run(out / entry.folder)
     assert run.result is not None
     distance = run.result["distance"]
     near = sum(value < 0.1 for value in distance)
-    optimum = toy.optimum((0.5, 0.5))
-    ends = torch.tensor(run.result["ends"], dtype=torch.float64)
-    reached = int(((ends - optimum).norm(dim=1) < 0.1).sum())
+    reached = int((_from_optimum(toy, np.array(run.result["ends"])) < 0.1).sum())
     stopped = sum(value is not None for value in run.result["stopped"])
     return (
         entry.title,
@@ -301,16 +300,9 @@ def _row(toy: Toy, out: Path, entry: Entry) -> tuple[str, ...]:
     )
 
 
-def _from_optimum(toy: Toy, stored: Mapping[str, np.ndarray]) -> str:
-    away = np.linalg.norm(stored["paths"][:, -1] - toy.optimum((0.5, 0.5)).numpy(), axis=1)
-    return ", ".join(f"{value:.2g}" for value in away)
-
-
 def _page(
     toy: Toy, out: Path, fronts: Mapping[str, Mapping[float, Mapping[str, np.ndarray]]], steps: int
 ) -> str:
-    from detente.records import read_run
-
     rows = [_row(toy, out, entry) for entry in METHODS]
     results = [read_run(out / entry.folder).result for entry in every_entry()]
     count, minutes = len(results), sum(float(result["seconds"]) for result in results if result) / 60
@@ -318,18 +310,19 @@ def _page(
     reached = []
     for kind, runs in fronts.items():
         for first, stored in runs.items():
-            optimum = toy.optimum((first, 1 - first)).numpy()
-            ends = stored["paths"][:, -1]
-            distance = np.linalg.norm(ends - optimum, axis=1)
+            distance = _from_optimum(toy, stored["paths"][:, -1], first)
             reached.append(
                 (
                     kind,
                     f"{first:g}",
-                    f"{int((distance < 0.1).sum())} of {len(ends)}",
+                    f"{int((distance < 0.1).sum())} of {len(distance)}",
                     f"{np.median(distance):.2g}",
                 )
             )
-    float32, float64 = (_from_optimum(toy, read_paths(out / entry.folder)) for entry in METHODS[-2:])
+    float32, float64 = (
+        ", ".join(f"{value:.2g}" for value in _from_optimum(toy, fronts[kind][0.5]["paths"][:, -1]))
+        for kind in ("Aligned-MTL, float32", "Aligned-MTL, float64")
+    )
     preferences = "\n".join("| " + " | ".join(row) + " |" for row in reached)
     return f"""# The toy problem
 
@@ -338,7 +331,7 @@ al. 2022; Senushkin et al. 2023, Figures 1, 2 and 6; both losses times 0.5 as in
 {steps:,} steps of Adam at 1e-3 from the five published starts. Made by
 
 ```text
-python scripts/studies/toy.py --out runs/toy --page docs/results/toy.md
+python scripts/studies/toy.py --out runs/toy --page docs/results/toy.md{"" if steps == STEPS else f" --steps {steps}"}
 ```
 
 ![Paths of eight methods in the plane of parameters](images/toy-paths.png)
@@ -355,8 +348,7 @@ IMTL is its gradient half, IMTL-G: the whole method also learns a scale for each
 here in most of the plane, that scale grows without end (the method says so and stops). A step is refused where a
 method's equations have no solution: for Nash-MTL on the Pareto set, where the gradients are antiparallel.
 
-All {count} runs of this page, those with preferences below included, took {minutes:.0f} minutes of a core; two run at the
-same time, so half of that by the clock.
+All {count} runs of this page, those with preferences below included, took {minutes:.0f} minutes added up.
 
 ## Preferences
 

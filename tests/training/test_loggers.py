@@ -218,6 +218,17 @@ def test_a_logger_that_does_not_start_says_so_and_the_others_are_closed(tmp_path
     assert loggers._open == {}
 
 
+def test_a_service_that_is_first_reached_by_the_configuration_does_not_start_either(
+    tmp_path, service, monkeypatch
+):
+    def refused(self, values):
+        raise PermissionError("wrong key")
+
+    monkeypatch.setattr(Service, "log_hyperparams", refused)
+    with pytest.raises(LoggerFailed, match=r"logger mlflow did not start .PermissionError: wrong key"):
+        Loggers(["mlflow"], tmp_path, config()).begin()
+
+
 def test_random_numbers_are_those_without_a_logger(tmp_path, monkeypatch):
     class Greedy(Service):
         def log_metrics(self, metrics, step):

@@ -134,16 +134,16 @@ class Loggers:
                 book = self._books.setdefault(name, {"step": -1, "epoch": -1, "result": -1})
                 try:
                     self._open[name] = _KINDS[name].make(self._folder, self._config, book)
+                    if not _KINDS[name].local:
+                        write_json(books, self._books)
+                        if book["step"] < 0:  # they cannot be told twice
+                            self._open[name].log_hyperparams(_flat(self._config))
                 except Exception as error:
                     self.close()
                     raise LoggerFailed(
                         f"logger {name} did not start ({type(error).__name__}: {error}). Mend that, or train without "
                         f"--logger {name}: the records of the run have everything."
                     ) from error
-                if not _KINDS[name].local:
-                    write_json(books, self._books)
-                    if book["step"] < 0:  # they cannot be told twice
-                        self._open[name].log_hyperparams(_flat(self._config))
         if recorded is not None:
             for row in recorded.steps:
                 self.step(row)
