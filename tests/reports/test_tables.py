@@ -131,6 +131,56 @@ def test_other_data_are_other_settings(tmp_path, run_maker):
     assert len(only_table(tmp_path).rows) == 2
 
 
+def with_data(folder, **data):
+    """Runs that say what they learned from."""
+    for path in folder.glob("*/config.json"):
+        described = {"data": {"name": "digits", **data}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"problem": described}))
+
+
+def test_a_checksum_names_only_what_nothing_else_tells_apart(tmp_path, run_maker):
+    kinds = {"a": (10, "0123456789abcdef"), "b": (20, "fedcba9876543210"), "c": (20, "aaaaaaaaaaaaaaaa")}
+    for name, (count, checksum) in kinds.items():
+        run_maker(tmp_path / name / "run", "mgda", epochs=1)
+        with_data(tmp_path / name, train=count, sha256=checksum)
+    assert sorted(row.group.name for row in only_table(tmp_path).rows) == [
+        "mgda (exact), train 10",
+        "mgda (exact), train 20, sha256 aaaaaaaa",
+        "mgda (exact), train 20, sha256 fedcba98",
+    ]
+
+
+def test_baselines_learned_from_the_same_data(tmp_path, run_maker):
+    for name, value in (("small", 0.5), ("large", 0.8), ("alone", None)):
+        for task in ("left", "right") if value else ():
+            run_maker(tmp_path / name / task, tasks=(task,), single=True, final={task: value}, epochs=1)
+        final = {"left": 0.4, "right": 0.4}
+        run_maker(tmp_path / name / "m", "mgda", epochs=1, settings={"learning_rate": 0.3}, final=final)
+        with_data(tmp_path / name, source=name)
+    table = only_table(tmp_path)
+    found = {row.group.name: row.cells[4].text for row in table.rows if not row.group.single}
+    assert [column.key for column in table.columns][4] == "delta_m"
+    assert found == {
+        "mgda (exact), source small": "+20.00",
+        "mgda (exact), source large": "+50.00",
+        "mgda (exact), source alone": "–",
+    }
+    assert any("learned from other data" in note for note in table.notes)
+
+
+def test_labels_tell_contenders_apart_that_agree_in_all_else(tmp_path, run_maker):
+    # A sweep whose best fixed weights are equal ones runs them twice: as the method, and as the reference.
+    for label in ("static", "tuned scalarisation"):
+        for seed, value in enumerate((0.8, 0.9)):
+            run_maker(
+                tmp_path / f"{label}{seed}", "static", label=label, seed=seed, epochs=1, final={"left": value}
+            )
+    table = only_table(tmp_path)
+    assert [row.group.name for row in table.rows] == ["static", "tuned scalarisation"]
+    assert cells(table, "static")["left accuracy"].text == "85.00 ± 7.07"
+    assert not any("same seed" in note for note in table.notes)
+
+
 def test_options_tell_runs_apart(tmp_path, run_maker):
     run_maker(tmp_path / "a", "cagrad", epochs=1, options={"c": 0.2})
     run_maker(tmp_path / "b", "cagrad", epochs=1, options={"c": 0.4})

@@ -20,6 +20,7 @@ from detente.statistics import Spread, spread
 
 PICTURES = ("png", "pdf")
 _LONGEST = 80  # characters of a file's name
+_SPELLED = {"Δ": "delta-", "ε": "epsilon-", "²": "-squared"}
 
 
 def export_report(studies: Sequence[Study], folder: Path) -> Iterator[Path]:
@@ -70,10 +71,11 @@ def export_report(studies: Sequence[Study], folder: Path) -> Iterator[Path]:
 def slug(text: str) -> str:
     """A text as a file's name on any system: small letters, digits and hyphens, not too long.
 
-    >>> slug("Left: share of the weights / 50 %"), slug("../..")
-    ('left-share-of-the-weights-50', 'figure')
+    >>> slug("Left: share of the weights / 50 %"), slug("../.."), slug("left: estimated ε̂²")
+    ('left-share-of-the-weights-50', 'figure', 'left-estimated-epsilon-squared')
     """
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    plain = "".join(_SPELLED.get(character, character) for character in text)
+    plain = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain)[:_LONGEST].strip("-") or "figure"
 
 
@@ -145,19 +147,22 @@ def _cell(cell: Cell, escape: Callable[[str], str], bold: str) -> str:
 def latex(table: Table) -> str:
     """The table of results in LaTeX, a float for the package ``booktabs``; the leading numbers bold, its notes below.
 
+    A table that is wider than the line is made as small as it must be, by the package ``graphicx``.
+
     >>> from detente.reports.tables import Column
     >>> print(latex(Table("50%", (Column("method", "method", numeric=False),), (), ())))
-    % \\usepackage{booktabs}
+    % \\usepackage{booktabs, graphicx}
     \\begin{table}
       \\centering
       \\caption{50\\%: results on test data.}
       \\label{tab:50-results}
+      \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%
       \\begin{tabular}{l}
         \\toprule
         method \\\\
         \\midrule
         \\bottomrule
-      \\end{tabular}
+      \\end{tabular}}
     \\end{table}
     <BLANKLINE>
     """
@@ -167,21 +172,22 @@ def latex(table: Table) -> str:
         lines += ["\\midrule", f"\\multicolumn{{{len(table.columns)}}}{{l}}{{{_in_latex(heading)}}}"]
         lines += [" & ".join(map(_in_latex, line)) for line in published]
     body = [f"    {line} \\\\" if not line.startswith("\\midrule") else f"    {line}" for line in lines]
-    notes = [f"  \\par\\footnotesize {_in_latex(' '.join(table.notes))}"] if table.notes else []
+    notes = [f"  \\par\\smallskip\\footnotesize {_in_latex(' '.join(table.notes))}"] if table.notes else []
     return "\n".join(
         [
-            "% \\usepackage{booktabs}",
+            "% \\usepackage{booktabs, graphicx}",
             "\\begin{table}",
             "  \\centering",
             f"  \\caption{{{_in_latex(table.experiment)}: results on test data.}}",
             f"  \\label{{tab:{slug(table.experiment)}-results}}",
+            "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"  \\begin{{tabular}}{{{''.join('r' if column.numeric else 'l' for column in table.columns)}}}",
             "    \\toprule",
             body[0],
             "    \\midrule",
             *body[1:],
             "    \\bottomrule",
-            "  \\end{tabular}",
+            "  \\end{tabular}}",
             *notes,
             "\\end{table}",
             "",

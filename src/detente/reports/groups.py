@@ -69,6 +69,11 @@ class Group:
         """The conditions of training, nested keys joined by dots."""
         return settings_of(self.runs[0])
 
+    @property
+    def problem(self) -> dict[str, Any]:
+        """What was learned from, as the experiment describes it: the settings that no tuning changes."""
+        return {key: value for key, value in self.settings.items() if key.split(".")[0] == "problem"}
+
     def values(self, task: str) -> list[float]:
         """The main metric of a task on test data, one value for each finished run that has one."""
         return [value for run in self.finished if (value := run.main_value(task)) is not None]
@@ -112,10 +117,11 @@ class Study:
     def baseline(self, task: str, beside: Group | None = None) -> Group | None:
         """The single-task group a task is held against.
 
-        With ``beside``, the one trained under the same settings, else the only one there is.
+        With ``beside``, the one trained under the same settings, else the only one that learned from the same data.
         """
         candidates = [group for group in self.singles if group.tasks == (task,) and group.values(task)]
         if beside is not None:
+            candidates = [group for group in candidates if group.problem == beside.problem]
             same = [group for group in candidates if group.settings == beside.settings]
             if same:
                 return same[0]
@@ -141,9 +147,12 @@ class Study:
         for task in group.tasks:
             baseline = self.baseline(task, group)
             if baseline is None:
-                several = any(other.tasks == (task,) and other.values(task) for other in self.singles)
-                reason = "several single-task runs, none with the same settings" if several else "no finished"
-                return None, f"{reason} single-task run" if not several else f"{reason}, for task {task}"
+                others = [other for other in self.singles if other.tasks == (task,) and other.values(task)]
+                if not others:
+                    return None, "no finished single-task run"
+                if all(other.problem != group.problem for other in others):
+                    return None, f"the single-task runs of task {task} learned from other data"
+                return None, f"several single-task runs, none with the same settings, for task {task}"
             baselines[task] = baseline.values(task)
         results = [
             {task: value for task, value in values.items() if value is not None}
@@ -202,7 +211,8 @@ def settings_of(run: Run) -> dict[str, Any]:
 def collect(runs: Iterable[Run]) -> list[Study]:
     """Sort runs into studies by experiment, and each study into groups.
 
-    Two runs belong to one group when method, options, gradients, tasks and settings are the same.
+    Two runs belong to one group when label, method, options, gradients, tasks and settings are the same. The label
+    counts because a sweep's contenders may agree in all else: fixed weights tuned to be equal are its static method.
     """
     runs = list(runs)
     place = places(run.method for run in runs)
@@ -221,7 +231,7 @@ def _study(prefix: str, experiment: str, runs: list[Run], place: Mapping[str, in
     metrics = {task: run.main_metric(task) for run in reversed(runs) for task in run.tasks if task in tasks}
     sorted_runs: dict[str, list[Run]] = {}
     for run in runs:
-        identity = [run.method, run.config["options"], run.gradients, run.tasks, settings_of(run)]
+        identity = [run.label, run.method, run.config["options"], run.gradients, run.tasks, settings_of(run)]
         sorted_runs.setdefault(json.dumps(identity, sort_keys=True), []).append(run)
     members = [tuple(sorted(group, key=lambda run: run.seed)) for group in sorted_runs.values()]
     single = [len(group[0].tasks) == 1 and bool(several) for group in members]
@@ -250,6 +260,14 @@ def _names(runs: Sequence[Run]) -> list[str]:
         described = [{**other.config["options"], **settings_of(other)} for other in twins]
         mine = {**run.config["options"], **settings_of(run)}
         differing = [key for key in mine if any(other.get(key) != mine[key] for other in described)]
-        extra = ", ".join(f"{key.rsplit('.', 1)[-1]} {mine[key]}" for key in differing)
+        # A checksum names only what nothing readable tells apart, and then its beginning is enough.
+        readable = [key for key in differing if not key.endswith("sha256")]
+        if sum(all(other.get(key) == mine[key] for key in readable) for other in described) == 1:
+            differing = readable
+        extra = ", ".join(f"{key.rsplit('.', 1)[-1]} {_short(key, mine[key])}" for key in differing)
         names.append(f"{run.label}, {extra}" if extra else run.label)
     return names
+
+
+def _short(key: str, value: Any) -> str:
+    return str(value)[:8] if key.endswith("sha256") else str(value)
