@@ -15,7 +15,7 @@ from detente.records import find_runs
 from detente.reports.figures import _quantile, conflict_curves, log_axis, loss_curves, weight_curves
 from detente.reports.groups import collect
 from detente.reports.html import sections_of
-from detente.reports.plane import accuracy_plane_png, plane_section
+from detente.reports.plane import plane_section
 
 from .conftest import painted
 
@@ -141,7 +141,7 @@ def test_quantiles_agree_with_numpy(values, share):
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.0, 1e8))
-def testlog_axis_covers_its_values(low, factor):
+def test_log_axis_covers_its_values(low, factor):
     ticks = log_axis(low, low * factor)["tickvals"]
     assert ticks[0] <= low * 1.001
     assert ticks[-1] * 1.001 >= low * factor
@@ -166,29 +166,3 @@ def test_names_are_escaped_for_plotly(tmp_path, run_maker):
     assert "<b>" not in text
     assert "<a href" not in text
     assert "&lt;b&gt;x" in text
-
-
-def test_plane_png(tmp_path, demo_maker):
-    from PIL import Image
-
-    demo_maker(tmp_path / "runs", seeds=(0, 1), epochs=1)
-    path = accuracy_plane_png(find_runs(tmp_path / "runs"), tmp_path / "pictures" / "plane.png")
-    with Image.open(path) as picture:
-        assert picture.width > 1000
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    # The points of the three methods, in the palette's colours.
-    assert {(0x3A, 0x3A, 0x3A), (0x2F, 0x5F, 0xC4), (0xAE, 0x4C, 0x08)} <= colours
-
-
-def test_plane_png_says_what_it_needs(tmp_path, run_maker):
-    run_maker(tmp_path / "a", tasks=("x", "y", "z"), epochs=1)
-    with pytest.raises(ValueError, match="exactly two tasks"):
-        accuracy_plane_png(find_runs(tmp_path), tmp_path / "plane.png")
-    run_maker(tmp_path / "b" / "c", epochs=1, finished=False)
-    with pytest.raises(ValueError, match="at least one finished run"):
-        accuracy_plane_png(find_runs(tmp_path / "b"), tmp_path / "plane.png")
-
-
-def test_plane_png_takes_names_as_they_are(tmp_path, run_maker):
-    run_maker(tmp_path / "a", tasks=("$x_{", "y$"), label="_hidden $", epochs=1)
-    assert accuracy_plane_png(find_runs(tmp_path), tmp_path / "plane.svg").stat().st_size > 0

@@ -7,7 +7,6 @@ from detente.reports.contributions import balance_of, balance_png
 from detente.reports.exports import export_report
 from detente.reports.html import NoRuns, build_report, read_studies, write_report
 from detente.reports.paper import Undrawable
-from detente.reports.plane import accuracy_plane_png
 from detente.reports.tables import Table, print_table, results_table, rich_table
 from detente.reports.verdict import Verdict, verdict
 
@@ -16,7 +15,6 @@ __all__ = [
     "Table",
     "Undrawable",
     "Verdict",
-    "accuracy_plane_png",
     "balance_of",
     "balance_png",
     "build_report",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from detente.records import Metric, Run
+from detente.records import Metric
 from detente.reports.figures import Figure, Section, axis, point_traces, safe, scale_of, short, straight_line
-from detente.reports.groups import Group, Study, collect
+from detente.reports.groups import Group, Study
 from detente.reports.labels import labels
-from detente.reports.printing import paper_fonts, plain_math
 from detente.reports.published import heading, number, rows_of
 from detente.reports.radar import tasks_section
-from detente.reports.style import PALETTE, PUBLISHED, SHAPES
+from detente.reports.style import PUBLISHED
 from detente.reports.sweeps import front_points
 from detente.statistics import Spread, spread
 
@@ -217,81 +215,4 @@ def _line_label(direction: str, metric: Metric, alone: Spread) -> dict[str, Any]
     return {**common, "xref": "paper", "x": 0.01, "xanchor": "left", "y": short(value), "yanchor": "bottom"}
 
 
-def accuracy_plane_png(runs: Iterable[Run], path: Path) -> Path:
-    """Draw the plane of two tasks as a picture for paper or README; the suffix of ``path`` chooses the format.
-
-    Raises ValueError when the runs are not of one experiment with two tasks and at least one finished run.
-    """
-    studies = collect(runs)
-    if len(studies) != 1 or len(studies[0].tasks) != 2:
-        raise ValueError("the accuracy plane needs runs of one experiment with exactly two tasks")
-    study = studies[0]
-    first, second = (study.metrics[task] for task in study.tasks)
-    points = [(group, _pairs(group, first, second)) for group in study.compared]
-    if not any(pairs for _, pairs in points):
-        raise ValueError("the accuracy plane needs at least one finished run on both tasks")
-
-    # Figure instead of pyplot: no window, no state shared with the caller's own figures.
-    from matplotlib.figure import Figure as Canvas
-
-    colours = PALETTE["light"]
-    with paper_fonts():
-        canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
-        axes = canvas.add_subplot()
-        axes.grid(color=colours["grid"], linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        alone = study.alone
-        for metric, draw in ((first, axes.axvline), (second, axes.axhline)):
-            if metric.task in alone:
-                value = scale_of(metric) * alone[metric.task].mean
-                label = f"{metric.task} alone: {value:.2f}"
-                draw(value, color=colours["single"], linestyle="--", linewidth=1.3, label=label, zorder=1)
-        for group, pairs in points:
-            if not pairs:
-                continue
-            xs, ys = spread(x for x, _ in pairs), spread(y for _, y in pairs)
-            assert xs is not None
-            assert ys is not None
-            colour = colours[group.style.colour]
-            axes.errorbar(
-                [xs.mean],
-                [ys.mean],
-                xerr=xs.deviation,
-                yerr=ys.deviation,
-                fmt="none",
-                ecolor=colour,
-                elinewidth=1.2,
-                capsize=2.5,
-                capthick=1.2,
-                zorder=2,
-            )
-            axes.plot(
-                [xs.mean],
-                [ys.mean],
-                marker=SHAPES[group.style.shape],
-                markersize=(11 if group.style.shape == "star" else 8.5) - (0 if group.style.filled else 1.2),
-                markerfacecolor=colour if group.style.filled else "white",
-                markeredgewidth=1.8 if not group.style.filled else 0.8,
-                markeredgecolor=colour if not group.style.filled else "white",
-                linestyle="none",
-                label=group.name,
-                zorder=3,
-            )
-        for metric, limit, name in (
-            (first, axes.set_xlim, axes.set_xlabel),
-            (second, axes.set_ylim, axes.set_ylabel),
-        ):
-            limits = _limits(study, metric, alone.get(metric.task))
-            assert limits is not None
-            limit(*(limits if metric.higher_is_better else limits[::-1]))
-            name(plain_math(axis_title(metric)))
-        handles, labels = axes.get_legend_handles_labels()
-        legend = [plain_math(name) for name in labels]
-        canvas.legend(handles, legend, loc="outside right upper", frameon=False, fontsize=9)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=200, facecolor="white")
-    return Path(path)
-
-
-__all__ = ["accuracy_plane_png", "axis_title", "plane_section"]
+__all__ = ["axis_title", "plane_section"]
