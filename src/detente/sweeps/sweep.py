@@ -179,23 +179,20 @@ def _carry_out(
     quiet: bool,
 ) -> None:
     """Until no run is wanted any more."""
-    running: dict[str, Planned] = {}
     contents = {path: Path(path).read_bytes() for path in plan.marks}
     known = plan.known(results)
     wanted = plan.lacking(known, results)
-    state = State(plan.size(), plan.asked.workers)
+    state = State(folder / RUNS, plan.size(), plan.asked.workers)
     state.see(plan, known, results)
-    with watched(state, [one.name for one in plan.contenders], enabled=not quiet) as show:
+    running = state.running
+    with watched(state, [one.name for one in plan.contenders], enabled=not quiet):
         while wanted or running:
             for planned in wanted[: workers.free]:
                 workers.start(_job(experiment, planned, folder, contents))
                 running[planned.name] = planned
-                state.running[planned.contender.name] += 1
-            show()
             ended = workers.wait(1.0)
             for name, found in ended:
-                planned = running.pop(name)
-                state.running[planned.contender.name] -= 1
+                del running[name]
                 if isinstance(found, Failure) and found.everywhere:
                     raise SweepStopped(
                         f"the sweep stopped at {folder / RUNS / name}: {found.reason} Finished runs are kept, and the "
@@ -206,7 +203,6 @@ def _carry_out(
                 known = plan.known(results)
                 wanted = plan.lacking(known, results)
                 state.see(plan, known, results)
-                show()
             wanted = [planned for planned in wanted if planned.name not in running]
 
 

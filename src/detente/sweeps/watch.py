@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
-import time
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from detente.records.reading import complete_lines
+from detente.records.schema import EPOCHS
 from detente.sweeps.asked import Failure
 from detente.sweeps.plan import Plan, Planned
 from detente.sweeps.workers import Outcome
+from detente.training import TrainingConfig
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -21,37 +26,44 @@ _SECONDS_BETWEEN_LINES = 15.0
 class State:
     """Where a sweep stands.
 
+    The sweep changes it while another thread shows it, so whole values are replaced and none is seen half changed.
+
     Attributes:
+        folder: that holds the folders of the runs.
         total: runs that are planned as far as is known.
         workers: runs at the same time.
-        done, failed, running: contender to number of runs.
+        running: name of a run to what it is.
+        done, failed: contender to number of runs.
         best: contender to what was chosen.
         seconds: of every run that is done.
     """
 
+    folder: Path
     total: int
     workers: int
+    running: dict[str, Planned] = field(default_factory=dict)
     done: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
-    running: Counter[str] = field(default_factory=Counter)
     best: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def see(self, plan: Plan, known: Sequence[Planned], results: Mapping[str, Outcome]) -> None:
         """Count what there is."""
-        self.done.clear()
-        self.failed.clear()
+        done, failed = Counter[str](), Counter[str]()
+        seconds: dict[str, float] = {}
         for planned in {planned.name: planned for planned in known}.values():
             found = results.get(planned.name)
             if isinstance(found, Failure) or (found is not None and found.get("untested")):
-                self.failed[planned.contender.name] += 1
+                failed[planned.contender.name] += 1
             elif found is not None:
-                self.done[planned.contender.name] += 1
-                self.seconds[planned.name] = found["seconds"]
-        self.total = max(self.total, self.ended + self.running.total())
+                done[planned.contender.name] += 1
+                seconds[planned.name] = found["seconds"]
+        best = {}
         for name, choice in plan.choices(results).items():
             point = choice.point
-            self.best[name] = ", ".join([f"learning rate {point.learning_rate:g}", *point.options])
+            best[name] = ", ".join([f"learning rate {point.learning_rate:g}", *point.options])
+        self.done, self.failed, self.best, self.seconds = done, failed, best, seconds
+        self.total = max(self.total, self.ended + len(self.running))
 
     @property
     def ended(self) -> int:
@@ -59,27 +71,49 @@ class State:
         return self.done.total() + self.failed.total()
 
     @property
+    def at_work(self) -> dict[str, tuple[float, float]]:
+        """Name of a running run to the part of it that is behind it, and the seconds that took."""
+        return {name: behind(self.folder / name, one.config) for name, one in tuple(self.running.items())}
+
+    @property
     def seconds_left(self) -> float | None:
-        """By the mean length of the runs that ended; None before the first."""
-        if not self.seconds:
+        """By the mean length of the runs that ended, or else of those at work; None before the first epoch."""
+        begun = [found for found in self.at_work.values() if found[0]]
+        lengths = list(self.seconds.values()) or [seconds / part for part, seconds in begun]
+        if not lengths:
             return None
-        left = max(self.total - self.ended, 0)
-        return left * sum(self.seconds.values()) / len(self.seconds) / self.workers
+        left = max(self.total - self.ended - sum(part for part, _ in begun), 0.0)
+        return left * sum(lengths) / len(lengths) / self.workers
 
 
-Show = Callable[[], None]
+def behind(folder: Path, config: TrainingConfig) -> tuple[float, float]:
+    """The part of a run that is stored, by its last whole epoch, and the seconds of its epochs; zeros before the first.
+
+    Example:
+        >>> behind(Path("no such run"), TrainingConfig(epochs=10))
+        (0.0, 0.0)
+    """
+    try:
+        rows = [json.loads(line) for line in complete_lines(folder / EPOCHS)]
+        if not rows:
+            return 0.0, 0.0
+        steps = config.epochs * rows[0]["step"]
+        if config.max_steps is not None:
+            steps = min(steps, config.max_steps)
+        return min(rows[-1]["step"] / steps, 1.0), sum(row["seconds"] for row in rows)
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        # Whoever needs these rows says what is wrong with them.
+        return 0.0, 0.0
 
 
 @contextmanager
-def watched(state: State, contenders: Sequence[str], *, enabled: bool) -> Iterator[Show]:
-    """Gives what is to be called when something has changed."""
+def watched(state: State, contenders: Sequence[str], *, enabled: bool) -> Iterator[None]:
+    """Shows the state while the block works, whether or not it trains in this very thread."""
     if not enabled:
-        yield lambda: None
-    elif sys.stderr.isatty():
-        with _table(state, contenders) as show:
-            yield show
-    else:
-        yield _lines(state)
+        yield
+        return
+    with _table(state, contenders) if sys.stderr.isatty() else _lines(state):
+        yield
 
 
 def told(seconds: float) -> str:
@@ -97,27 +131,35 @@ def told(seconds: float) -> str:
 
 def summary(state: State) -> str:
     """One line."""
-    left = state.seconds_left
-    parts = [f"{state.ended} of {state.total} runs", f"{state.running.total()} running"]
+    left, running = state.seconds_left, state.at_work
+    parts = [f"{state.ended} of {state.total} runs", f"{len(running)} running"]
+    if running:
+        least, most = min(running.values())[0], max(running.values())[0]
+        parts[-1] += f" ({least:.0%} done)" if least == most else f" ({least:.0%} to {most:.0%} done)"
     parts += [f"{state.failed.total()} failed"] if state.failed.total() else []
     parts += [f"about {told(left)} left"] if left is not None else []
     return ", ".join(parts)
 
 
-def _lines(state: State) -> Show:
-    spoken = time.monotonic()
+@contextmanager
+def _lines(state: State) -> Iterator[None]:
+    over = threading.Event()
 
-    def show() -> None:
-        nonlocal spoken
-        if time.monotonic() - spoken >= _SECONDS_BETWEEN_LINES:
-            spoken = time.monotonic()
+    def speak() -> None:
+        while not over.wait(_SECONDS_BETWEEN_LINES):
             print(summary(state), file=sys.stderr, flush=True)
 
-    return show
+    speaker = threading.Thread(target=speak, name="progress of a sweep", daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        speaker.join()
 
 
 @contextmanager
-def _table(state: State, contenders: Sequence[str]) -> Iterator[Show]:
+def _table(state: State, contenders: Sequence[str]) -> Iterator[None]:
     from rich.console import Console
     from rich.live import Live
     from rich.table import Table
@@ -125,16 +167,12 @@ def _table(state: State, contenders: Sequence[str]) -> Iterator[Show]:
     def drawn() -> Any:
         table = Table("contender", "done", "running", "failed", "chosen on validation data", box=None)
         table.caption = summary(state)
+        running = Counter(one.contender.name for one in tuple(state.running.values()))
         for name in contenders:
-            counts: Mapping[str, Counter[str]] = {
-                "done": state.done,
-                "running": state.running,
-                "failed": state.failed,
-            }
-            cells = [str(count[name]) if count[name] else "" for count in counts.values()]
+            cells = [str(count[name]) if count[name] else "" for count in (state.done, running, state.failed)]
             table.add_row(name, *cells, state.best.get(name, ""))
         return table
 
-    with Live(drawn(), console=Console(stderr=True), refresh_per_second=2) as live:
-        # What runs print meanwhile appears above the table.
-        yield lambda: live.update(drawn())
+    # It is drawn again and again by a thread of its own; what runs print meanwhile appears above it.
+    with Live(get_renderable=drawn, console=Console(stderr=True), refresh_per_second=1):
+        yield
