@@ -302,7 +302,6 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
     counts = told_of["counts"]
     ours, published = delta_ms(rows)
     base = rows["uniform"].step if "uniform" in rows else None
-    rates = {len(row.tried) for row in rows.values()}
     source = published_source()
     lines = [
         "## The papers' protocol",
@@ -312,11 +311,7 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
         f"{told_of['epochs']} epochs ({told_of['steps']:,} steps), batch {told_of['batch_size']}, SGD with momentum "
         f"{told_of['momentum']:g}, the learning rate halved every {told_of['halve_every']} epochs, the epoch with the best "
         "validation mean. "
-        + (
-            "The paper searches six learning rates for every row; here there was one, the same for all. "
-            if rates == {1}
-            else "Of several learning rates, the best on validation data of the first seed. "
-        )
+        + f"The paper searches six learning rates for every row; {_rates_of(rows)} "
         + "Steps have each method's native length: uniform weights add the losses where the paper averages them, which is "
         "twice the rate, and MGDA's weights sum to one.",
         "",
@@ -343,7 +338,7 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
             )
         cells.append(f"{ours[name]:+.2f}" if name in ours else "")
         cells.append(_range(published[name], 2) if name in published else "")
-        rate = f"{row.rate:g}" + (f" of {len(row.tried)}" if len(row.tried) > 1 else "")
+        rate = f"{row.rate:g}" + (f" of {len(row.by_rate)}" if len(row.by_rate) > 1 else "")
         cells += [rate, str(len(row.runs))]
         cells += ["" if base is None or row.step is None else f"{row.step / base:.2f}"]
         cells += [f"{row.seconds / 60:.1f}"]
@@ -357,7 +352,39 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
         + " Times are those of the runs, whatever ran beside them.",
         "",
     ]
-    return lines
+    return lines + _at_every_rate(rows)
+
+
+def _rates_of(rows: Mapping[str, Row]) -> str:
+    tried = {tuple(row.by_rate) for row in rows.values()}
+    if len(tried) > 1:
+        return "here there were those of the second table, and the best on validation data of the first seed was taken."
+    (rates,) = tried
+    if len(rates) == 1:
+        return "here there was one, the same for all."
+    listed = _listed([f"{rate:g}" for rate in rates])
+    return f"here there were {listed} for all, and the best on validation data of the first seed was taken."
+
+
+def _at_every_rate(rows: Mapping[str, Row]) -> list[str]:
+    """A table of what was and was not chosen; nothing where there was nothing to choose."""
+    if all(len(row.by_rate) == 1 for row in rows.values()):
+        return []
+    lines = [
+        "At every learning rate that was run; the validation mean, of the first seed, is what chooses:",
+        "",
+        "| row | learning rate | validation mean (%) | left (%) | right (%) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows.values():
+        for rate in row.by_rate:
+            cells = [f"{rate:g}", f"{row.validation(rate):.2f}"]
+            for task in TASKS:
+                accuracy = row.accuracy(task, rate) if task in row.entry.tasks else None
+                found = accuracy and {"mean": accuracy.mean, "deviation": accuracy.deviation}
+                cells.append(_mean_and_deviation(found, 1))
+            lines.append(f"| {row.entry.title} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 # ---- how it was made
@@ -379,16 +406,21 @@ def _made(
             script.append(f"python scripts/studies/multimnist.py sweep --out {_STUDY} --minutes 60")
         places.append(f"--out-sweep {_STUDY}")
     if rows:
-        chosen = [run for row in rows.values() for run in row.runs]
+        made = [run for row in rows.values() for runs in row.by_rate.values() for run in runs]
         lines += [
             "```text",
-            *(_command(run.config["command"], f"{_FULL}/{run.path.name}") for run in chosen),
+            *(_command(run.config["command"], f"{_FULL}/{run.path.name}") for run in made),
             "```",
             "",
         ]
-        total = sum(run.result["seconds"] for run in chosen if run.result)
+        total = sum(run.result["seconds"] for run in made if run.result)
         lines += [f"{told(total)} of training and measuring added up.", ""]
-        script.append(f"python scripts/studies/multimnist.py full --out {_FULL} --data-dir DIR --minutes 80")
+        rates = " ".join(
+            f"{rate:g}" for rate in sorted({rate for row in rows.values() for rate in row.by_rate})
+        )
+        script.append(
+            f"python scripts/studies/multimnist.py full --out {_FULL} --data-dir DIR --lrs {rates} --minutes 80"
+        )
         places.append(f"--out-full {_FULL}")
     script.append(
         f"python scripts/studies/multimnist.py page {' '.join(places)} --page docs/results/multimnist.md"

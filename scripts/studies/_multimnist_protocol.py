@@ -61,18 +61,27 @@ def folder_of(entry: Entry, lr: str, seed: int) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What the runs of an entry say at the learning rate that was best on validation data."""
+    """What the runs of an entry say, at the learning rate that was best on validation data unless another is named."""
 
     entry: Entry
     rate: float
-    tried: tuple[float, ...]
-    runs: tuple[Run, ...]
+    by_rate: Mapping[float, tuple[Run, ...]]
 
-    def accuracy(self, task: str) -> Spread:
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """At the best learning rate."""
+        return self.by_rate[self.rate]
+
+    def accuracy(self, task: str, rate: float | None = None) -> Spread:
         """On test data, in percent."""
-        found = spread(100 * _accuracy(run, "metrics", task) for run in self.runs)
+        runs = self.runs if rate is None else self.by_rate[rate]
+        found = spread(100 * _accuracy(run, "metrics", task) for run in runs)
         assert found is not None
         return found
+
+    def validation(self, rate: float) -> float:
+        """By what the rate is chosen: the mean accuracy of the first seed on validation data, in percent."""
+        return 100 * _validation(self.by_rate[rate], self.entry.tasks)
 
     @property
     def seconds(self) -> float:
@@ -102,8 +111,8 @@ def rows_of(folder: Path) -> tuple[dict[str, Row], list[str]]:
                 mine.setdefault(run.config["config"]["learning_rate"], []).append(run)
         if mine:
             rate = max(mine, key=lambda rate: _validation(mine[rate], entry.tasks))
-            best = sorted(mine[rate], key=lambda run: run.seed)
-            found[entry.name] = Row(entry, rate, tuple(sorted(mine)), tuple(best))
+            by_seed = {tried: tuple(sorted(mine[tried], key=lambda run: run.seed)) for tried in sorted(mine)}
+            found[entry.name] = Row(entry, rate, by_seed)
     return found, [entry.title for entry in ENTRIES if entry.name not in found]
 
 

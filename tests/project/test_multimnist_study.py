@@ -221,8 +221,18 @@ def test_the_learning_rate_is_chosen_on_validation_data(study: ModuleType, tmp_p
     full_run(tmp_path / "uniform-lr0.05-seed0", {"left": 0.95, "right": 0.95}, **best)
     full_run(tmp_path / "uniform-lr0.05-seed1", {"left": 0.97, "right": 0.97}, seed=1, **best)
     row = study.rows_of(tmp_path)[0]["uniform"]
-    assert row.rate == 0.05 and row.tried == (0.01, 0.05) and len(row.runs) == 2
+    assert row.rate == 0.05 and list(row.by_rate) == [0.01, 0.05] and len(row.runs) == 2
     assert row.accuracy("left").mean == pytest.approx(96)
+    study.write(tmp_path / "page.md", None, tmp_path, "")
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "here there were 0.01 and 0.05 for all" in text and "--lrs 0.01 0.05 " in text
+    # What was not chosen is told too, and the runs that made it.
+    assert "| uniform | 0.01 | 90.00 | 99.00 | 99.00 |" in text
+    assert "| uniform | 0.05 | 95.00 | 96.00 ± 1.41 | 96.00 ± 1.41 |" in text
+    assert text.count("--out runs/multimnist-full/uniform-lr0.0") == 3
+    full_run(tmp_path / "aligned-mtl-lr0.01-seed0", {"left": 0.9, "right": 0.9})
+    study.write(tmp_path / "page.md", None, tmp_path, "")
+    assert "there were those of the second table" in (tmp_path / "page.md").read_text(encoding="utf-8")
 
 
 def test_shorter_runs_are_not_held_against_the_paper(study: ModuleType, tmp_path: Path) -> None:
