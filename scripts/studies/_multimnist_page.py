@@ -301,7 +301,6 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
     told_of = conditions_of(rows)
     counts = told_of["counts"]
     ours, published = delta_ms(rows)
-    base = rows["uniform"].step if "uniform" in rows else None
     source = published_source()
     lines = [
         "## The papers' protocol",
@@ -319,8 +318,8 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
         + (f" Not run yet, and therefore absent: {_listed(missing)}." if missing else ""),
         "",
         "| row | left (%) | published | ours − published | right (%) | published | ours − published | Δm (%) | published Δm "
-        "| learning rate | seeds | time of a step | minutes |",
-        "| --- |" + " ---: |" * 12,
+        "| learning rate | seeds | minutes |",
+        "| --- |" + " ---: |" * 11,
     ]
     for name, row in rows.items():
         printed = published_of(row.entry)
@@ -340,7 +339,6 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
         cells.append(_range(published[name], 2) if name in published else "")
         rate = f"{row.rate:g}" + (f" of {len(row.by_rate)}" if len(row.by_rate) > 1 else "")
         cells += [rate, str(len(row.runs))]
-        cells += ["" if base is None or row.step is None else f"{row.step / base:.2f}"]
         cells += [f"{row.seconds / 60:.1f}"]
         lines.append(f"| {row.entry.title} | " + " | ".join(cells) + " |")
     lines += [
@@ -349,7 +347,7 @@ def _protocol(rows: Mapping[str, Row], missing: Sequence[str]) -> list[str]:
         "on 60,000 composites and names no validation split. Differences and the published Δm are ranges because the published numbers are rounded. Where a cell is "
         "empty the paper has no such row"
         + ("." if ours else ", or a single task that Δm needs is not there yet.")
-        + " Times are those of the runs, whatever ran beside them.",
+        + " Minutes are those of one run, whatever ran beside it.",
         "",
     ]
     return lines + _at_every_rate(rows)

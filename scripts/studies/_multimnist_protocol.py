@@ -88,12 +88,6 @@ class Row:
         """Of a run, the median over the seeds."""
         return float(median(_result(run)["seconds"] for run in self.runs))
 
-    @property
-    def step(self) -> float | None:
-        """Seconds of a step, the median over the seeds."""
-        found = [taken for run in self.runs if (taken := _result(run)["seconds_per_step"]) is not None]
-        return float(median(found)) if found else None
-
 
 def rows_of(folder: Path) -> tuple[dict[str, Row], list[str]]:
     """Name of an entry to what its finished runs say, in the order of the entries; and titles of those without any.
