@@ -161,7 +161,7 @@ def test_unnamed_losses_must_keep_their_number() -> None:
         ({"betas": (0.9, 0.9, 0.9)}, ValueError, "option betas"),
         ({"betas": (0.9, "0.9")}, TypeError, "option betas is '0.9'"),
         ({"weight_decay": -0.1}, ValueError, "option weight_decay"),
-        ({"variant": "rmsprop"}, ValueError, "option variant is 'rmsprop'; give one of adam, sgd"),
+        ({"variant": "rmsprop"}, ValueError, "option variant is 'rmsprop'; choose one of 'adam', 'sgd'"),
         ({"bias_correction": None}, ValueError, "option bias_correction"),
         ({"tasks": "abc"}, TypeError, "tasks is 'abc'"),
         ({"tasks": ["a", "a"]}, ValueError, "every name once"),

@@ -9,9 +9,9 @@ import torch
 
 from detente.autograd.flat import Gradients
 from detente.methods import Method
+from detente.methods.arguments import one_of
 from detente.optim.base import TaskOptimizer
 from detente.optim.kernels import Form, alike, contribution_means, mean_size, real, subtract
-from detente.optim.options import one_of
 from detente.optim.parts import Part, Pass, decay, fresh_moments, rule_of, shrinkage
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal
 
 import torch
+
+from detente.methods.arguments import one_of
 
 Role = Literal["shared", "task-specific"]
 ROLES: tuple[Role, Role] = ("shared", "task-specific")
@@ -53,18 +55,3 @@ def number(option: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"option {option} is {value!r}; give a number.")
     return float(value)
-
-
-def one_of(option: str, value: Any, allowed: Sequence[str]) -> Any:
-    """``value`` if it is among the allowed ones.
-
-    Raises:
-        ValueError: it is not; the option is named.
-
-    Example:
-        >>> one_of("variant", "adam", ("adam", "sgd"))
-        'adam'
-    """
-    if value not in allowed:
-        raise ValueError(f"option {option} is {value!r}; give one of {', '.join(allowed)}.")
-    return value
