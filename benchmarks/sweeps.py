@@ -33,7 +33,8 @@ from detente.sweeps import SweepConfig, plan_of, sweep
 from detente.sweeps.plan import Plan, Planned
 from detente.sweeps.workers import Job, carry_out
 from detente.training import TrainingConfig, evaluate
-from detente.training.loop import epoch_order, make_optimizer
+from detente.training.loop import make_optimizer
+from detente.training.order import epoch_order
 
 ROUNDS = 5
 KILLS = 20

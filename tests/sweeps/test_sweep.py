@@ -182,6 +182,18 @@ def test_one_seed_gives_no_tests_and_no_spreads(
     assert "change %" in out, "without single tasks there is no Δm"
 
 
+def test_who_learned_from_several_batches_in_a_step_is_told(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    few = ["--trials", "2", "--seeds", "1", "--front", "0", "--no-singles", "--no-cost", "--epochs", "1"]
+    words = ["sweep", TINY, "--methods", "uniform", "modo", *few, "--out"]
+    for further, told in ((), True), (("--further-batches", "same"), False):
+        code, _, err = call(*words, str(tmp_path / str(told)), *further)
+        assert code == 0, err
+        conditions = " ".join(json.loads((tmp_path / str(told) / "outcome.json").read_text())["conditions"])
+        assert ("drew all of them anew for every step: modo (exact) 3." in conditions) == told
+
+
 # ---- interruptions
 
 

@@ -87,10 +87,10 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     run(tmp_path / "whole", digits, config)
     step = loop._Run.run_step
 
-    def stop(self: Any, indices: torch.Tensor) -> None:
+    def stop(self: Any, *indices: torch.Tensor) -> None:
         if self.at.step == last:
             raise Killed
-        step(self, indices)
+        step(self, *indices)
 
     monkeypatch.setattr(loop._Run, "run_step", stop)
     if last == 1:
@@ -293,10 +293,10 @@ def test_training_loss_is_over_the_examples_of_the_batches_that_had_the_task(
 
     step = loop._Run.run_step
 
-    def stop(self: Any, indices: torch.Tensor) -> None:
+    def stop(self: Any, *indices: torch.Tensor) -> None:
         if self.at.step == 2:
             raise Killed
-        step(self, indices)
+        step(self, *indices)
 
     monkeypatch.setattr(checkpoint, "save", older)
     monkeypatch.setattr(loop._Run, "run_step", stop)

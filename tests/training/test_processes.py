@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "features": {"method": "aligned-mtl", "gradients": "features"},
     "layer": {"method": "gradnorm", "gradients": "layer"},
     "a random method that looks at gradients": {"method": "graddrop", "gradients": "features"},
+    "further batches": {"method": "modo"},
     "losses after the step": {"method": "famo"},
     "losses": {"method": "uncertainty", "measure": True},
     "moments of every task": {"optimizer": "mao", "learning_rate": 1e-3, "balance": True},
@@ -149,8 +150,8 @@ def test_half_precision_learns_nearly_the_same_and_resumes(
 
     step, taken = loop._Run.run_step, []
 
-    def stop(self: Any, indices: torch.Tensor) -> None:
-        step(self, indices)
+    def stop(self: Any, *indices: torch.Tensor) -> None:
+        step(self, *indices)
         taken.append(1)
         self.save()
         if len(taken) == 4:

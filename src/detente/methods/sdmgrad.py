@@ -27,8 +27,8 @@ class SDMGrad(Method):
     gradient descent with momentum on the weights. After its 20 steps it is far from the optimum where gradients
     conflict (40 % and more in the objective). Public codes go on from the weights of the last training step; here every
     call starts from equal ones, so that the method needs no memory. The paper draws the two factors of the Gramian from
-    two independent batches, and the direction from a third: pass them as ``extra=[…, …]``. Without them this batch
-    serves for all three, and the record says so.
+    two independent batches, and the direction from a third: ``sgd`` takes them as ``extra=[…, …]``, and `detente run`
+    draws them. Without them this batch serves for all three, and the record says so.
 
     Cost: exact, some 3 to 15 linear systems in T unknowns.
 

@@ -22,6 +22,8 @@ from detente.sweeps.contenders import Contender
 from detente.sweeps.cost import sentences
 from detente.sweeps.plan import Choice, Plan, Planned
 from detente.sweeps.workers import Outcome
+from detente.training.method import seeded_options
+from detente.training.order import further_batches
 
 TABLE = "outcome.csv"
 
@@ -126,6 +128,14 @@ def conditions(plan: Plan, choices: Mapping[str, Choice]) -> list[str]:
             else f"the length of scale {', '.join(scales)}."
         ),
     ]
+    compared = {
+        name: count for name, choice in choices.items() if (count := _batches(plan, name, choice)) > 1
+    }
+    if compared:
+        listed = ", ".join(f"{name} {count}" for name, count in compared.items())
+        told.append(
+            f"Methods that compare the gradients of several batches drew all of them anew for every step: {listed}."
+        )
     for one in plan.contenders:
         others = _others(one, common)
         if one.kind == "method" and others:
@@ -154,6 +164,15 @@ def write_outcome(folder: Path, found: Mapping[str, Any]) -> None:
     """Store it: `outcome.json`, and `outcome.csv` with a line for every contender."""
     write_json(folder / OUTCOME, found)
     write_text(folder / TABLE, _csv(found))
+
+
+def _batches(plan: Plan, name: str, choice: Choice) -> int:
+    """How many batches a step of the chosen configuration learns from."""
+    if "test data" in plan.problem:  # a training function of the user's own draws what it likes
+        return 1
+    contender = next(one for one in plan.contenders if one.name == name)
+    config = plan.finals(contender, choice)[0].config
+    return 1 + further_batches(describe(create(config.method, **seeded_options(config))), config)
 
 
 def _others(one: Contender, common: Any) -> list[str]:

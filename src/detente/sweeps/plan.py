@@ -363,13 +363,20 @@ def _is_number(value: Any) -> bool:
 def folder_name(
     experiment: str, contender: str, config: TrainingConfig, marks: Mapping[str, str] | None = None
 ) -> str:
-    """What a person can read, and a mark of the whole configuration with the files it names.
+    """What a person can read, and a mark of everything that is configured unlike the defaults, with the files it names.
+
+    An option that is added later, and left at its default, changes no name: a sweep goes on after an update.
 
     Example:
         >>> folder_name("toy", "mgda (exact)", TrainingConfig(method="mgda", seed=2)).rpartition("-")[0]
         'mgda-exact-lr0.01-seed2'
     """
-    kept = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in VOLATILE}
+    usual = type(config)()
+    kept = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in VOLATILE and getattr(config, field.name) != getattr(usual, field.name)
+    }
     files = [mark for name in (experiment, config.method) if (mark := (marks or {}).get(file_of(name)))]
     text = json.dumps([experiment, kept, files], sort_keys=True, default=str)
     readable = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in contender)

@@ -61,6 +61,9 @@ class TrainingConfig:
     memory: Literal["fast", "batched", "low"] = "fast"
     """With gradients exact: one backward for each task, all tasks batched, or the Gramian layer by layer with no
     task's gradient kept."""
+    further_batches: Literal["independent", "same"] = "independent"
+    """For methods that compare the gradients of several batches (modo, and sdmgrad with solver=sgd): draw each of them
+    anew at every step, or let the step's own batch serve for all."""
     clip_norm: float | None = None
     """Shorten the combined gradient of all parameters to this norm where it is longer."""
     optimizer: Literal["sgd", "adam", "adamw", "mao", "mtadam"] = "sgd"

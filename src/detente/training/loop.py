@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from detente.training.header import VOLATILE, header, result_of
 from detente.training.loggers import Loggers
 from detente.training.memory import peak_bytes, reset_peak
 from detente.training.method import create_method
+from detente.training.order import epoch_order, further_batches, seed_of
 from detente.training.position import Position
 from detente.training.problem import Problem
 from detente.training.processes import Processes, Unwritten, threads
@@ -77,6 +78,7 @@ def train(
     method = create_method(problem, config)
     config.baselines(problem.tasks)  # what is missing is told before anything is written
     described = describe(method)
+    further_batches(described, config)
     space = config.gradients if described.takes_gradients else "none"
     if space != "none" and space not in described.spaces:
         raise ValueError(
@@ -148,34 +150,14 @@ def unrecorded_steps(problem: Problem, config: TrainingConfig, place: Path) -> C
     method, processes = create_method(problem, config), Processes(config.devices)
     run = _Run(problem, config, method, processes, Unwritten(place), {}, quiet=True)
     run.model.train()
-    batches: list[torch.Tensor] = []
+    batches: list[tuple[torch.Tensor, ...]] = []
 
     def step() -> None:
         if not batches:
-            batches.extend(torch.split(epoch_order(len(run.data), config.seed, 0), config.batch_size))
-        run.run_step(batches.pop(0))
+            batches.extend(run.order(0))
+        run.run_step(*batches.pop(0))
 
     return step
-
-
-def epoch_order(examples: int, seed: int, epoch: int) -> torch.Tensor:
-    """[examples] int64: the order of the training examples in an epoch, a function of its arguments alone.
-
-    Example:
-        >>> epoch_order(5, seed=0, epoch=3).equal(epoch_order(5, seed=0, epoch=3))
-        True
-    """
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed that depends on all of these numbers, whole and not negative.
-
-    Example:
-        >>> seed_of(0, 1) == seed_of(1, 0)
-        False
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class _Run:
@@ -202,6 +184,7 @@ class _Run:
         self.model, self.steps = _set_up(processes, problem, config, method, self.module)
         self.device = processes.device
         self.data = problem.split("train")
+        self.further = further_batches(self.info, config)
         batches = -(-len(self.data) // config.batch_size)
         self.total = (
             config.epochs * batches
@@ -278,11 +261,11 @@ class _Run:
         """The rest of the current epoch, its validation, its record, a checkpoint."""
         config, at = self.config, self.at
         rate = self.steps.rate(at.epoch)
-        order = torch.split(epoch_order(len(self.data), config.seed, at.epoch), config.batch_size)
+        order = self.order(at.epoch)
         saved = time.monotonic()
         started = time.perf_counter()
         while at.batch < len(order) and at.step < self.total:
-            self.run_step(order[at.batch])
+            self.run_step(*order[at.batch])
             report(at.step)
             if self.due(saved):
                 at.epoch_seconds += time.perf_counter() - started
@@ -332,10 +315,20 @@ class _Run:
             " ".join(f"{task} {metrics[task][main]:.4g}" for task, main in self.problem.main_metric.items()),
         )
 
-    def run_step(self, indices: torch.Tensor) -> None:
-        """One batch."""
+    def order(self, epoch: int) -> list[tuple[torch.Tensor, ...]]:
+        """The examples of every step of an epoch: of its own batch, and of each further one the method compares."""
+        orders = [
+            epoch_order(len(self.data), self.config.seed, epoch, number) for number in range(1 + self.further)
+        ]
+        return list(zip(*(torch.split(one, self.config.batch_size) for one in orders), strict=True))
+
+    def run_step(self, indices: torch.Tensor, *others: torch.Tensor) -> None:
+        """One batch, with the further ones that the method compares."""
         at, config = self.at, self.config
         batches = self.batches(indices)
+        if others:
+            (batch,) = batches
+            batches = [replace(batch, further=tuple(self.batches(one)[0] for one in others))]
         recorded = at.step % self.stride == 0
         # At most every second step, so that there are unmeasured ones left to tell what a step costs.
         measure = config.measure and at.step % max(2, self.stride) == 0 and not self.info.takes_gradients

@@ -32,11 +32,13 @@ class Batch:
     Attributes:
         inputs, labels: as the problem gives them.
         examples: how many; None where they are the whole batch, which needs no weighting.
+        further: independent ones of the same size, for a method that compares the gradients of several.
     """
 
     inputs: Any
     labels: Any
     examples: int | None = None
+    further: tuple[Batch, ...] = ()
 
 
 class Steps(Protocol):
@@ -94,9 +96,13 @@ class GradientSteps:
                 with autocast(self.config, self.device):
                     output = self.forward(batch.inputs)
                     losses = self.problem.losses(output, batch.labels)
+                    extra = [
+                        self.problem.losses(self.forward(other.inputs), other.labels)
+                        for other in batch.further
+                    ]
                 if self.contributions is not None:  # at every step: Adam's averages remember all of them
                     taken = task_gradients(losses, shared=self.shared, retain_graph=True)
-                record = self._backward(output, losses, batch.examples, measure)
+                record = self._backward(output, losses, extra, batch.examples, measure)
         further: dict[str, Any] = {}
         if record.accepted:
             self._move()
@@ -141,7 +147,12 @@ class GradientSteps:
             self.scaler.update()
 
     def _backward(
-        self, output: Any, losses: Mapping[str, torch.Tensor], examples: int | None, measure: bool
+        self,
+        output: Any,
+        losses: Mapping[str, torch.Tensor],
+        extra: Sequence[Mapping[str, torch.Tensor]],
+        examples: int | None,
+        measure: bool,
     ) -> StepRecord:
         config = self.config
         used = self.info.takes_gradients or measure or config.scale != "native"
@@ -160,6 +171,7 @@ class GradientSteps:
             scale=config.scale,
             memory=config.memory,
             measure=measure,
+            extra=extra,
             scaler=self.scaler,
             samples=examples,
         )
