@@ -197,7 +197,8 @@ def test_sdmgrad_by_descent() -> None:
     )
     outcome = detente.create("sdmgrad", solver="sgd", steps=1, lr=1.0, momentum=0.5).combine(gradients)
     products = (first @ second.T).numpy()
-    products = products / np.sqrt(np.maximum(np.diagonal(products), 0)).mean() ** 2
+    norms = [np.linalg.norm(factor.numpy(), axis=1).mean() for factor in (first, second)]
+    products = products / (norms[0] * norms[1])
     stepped = 0.25 - 1.3 * products.mean(axis=1)
     # Projection on the simplex by bisection of its threshold.
     low, high = stepped.min() - 1, stepped.max()

@@ -171,6 +171,36 @@ def test_the_same_command_on_a_finished_sweep_repeats_nothing(
     assert left_behind(finished) == before
 
 
+def test_a_sweep_of_a_version_that_knew_fewer_options_goes_on(
+    finished: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = tmp_path / "sweep"
+    shutil.copytree(finished, folder)
+    for path in (folder / "sweep.json", *folder.glob("runs/*/config.json")):
+        stored = json.loads(path.read_text())
+        for one in stored["contenders"].values() if "contenders" in stored else [stored]:
+            del one["config"]["nesterov"]
+        path.write_text(json.dumps(stored))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")}
+    code, _, err = call(*ASKED, "--out", str(folder))
+    assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*")} == before
+    code, _, err = call(*ASKED, "--nesterov", "--out", str(folder))
+    assert code != 0
+    assert "nesterov is '(absent)'" not in err
+
+
+def test_what_a_method_compares_is_asked_for_before_anything_runs(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, err = call(
+        "sweep", TINY, "--methods", "modo", "--accumulate", "2", "--out", str(tmp_path / "no")
+    )
+    assert code == 2
+    assert "modo (exact): method modo compares the gradients of 3 independent batches" in err
+    assert not (tmp_path / "no").exists()
+
+
 def test_one_seed_gives_no_tests_and_no_spreads(
     tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:

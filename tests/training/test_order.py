@@ -87,13 +87,14 @@ def test_orders_are_permutations_of_their_own() -> None:
         ({"accumulate": 2}, "accumulate 2"),
         ({"search": "backtracking", "momentum": 0.0}, "search backtracking"),
         ({"method": "sdmgrad", "option": ("solver=sgd",), "memory": "low"}, "memory low"),
+        ({"method": "sdmgrad", "option": ("solver=sgd",), "gradients": "features"}, "gradients features"),
     ],
 )
 def test_steps_that_take_one_batch_say_so_before_anything_is_written(
     tmp_path: Path, digits: MultiDigits, changed: dict[str, Any], told: str
 ) -> None:
     config = replace(CONFIG, **changed)
-    with pytest.raises(ValueError, match=f"3 independent batches, and {told} takes one at a time") as raised:
+    with pytest.raises(ValueError, match=f"3 independent batches, which {told} does not go with") as raised:
         run(tmp_path / "run", digits, config)
     assert "further_batches same" in str(raised.value)
     assert not (tmp_path / "run").exists()

@@ -25,7 +25,7 @@ class MoDo(Method):
 
     ``backward(losses, method, extra=[losses_1, losses_2])`` takes the losses of the third batch first. Without
     ``extra`` this batch serves three times, G₁ = G₂ = G; the weights are then biased as those of one batch are, and the
-    record says so. `detente run` draws the three batches.
+    record says so. Détente's training loop draws the three batches.
 
     In the ``paper`` form γ has the unit of an inverse squared gradient (published values: γ 1e-3, ρ 0.1). In the
     ``normalized`` form, ours, G₁ G₂ᵀ is divided by the mean of ‖g₁‖‖g₂‖ over the tasks, so that γ means the same

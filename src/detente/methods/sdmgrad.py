@@ -27,8 +27,8 @@ class SDMGrad(Method):
     gradient descent with momentum on the weights. After its 20 steps it is far from the optimum where gradients
     conflict (40 % and more in the objective). Public codes go on from the weights of the last training step; here every
     call starts from equal ones, so that the method needs no memory. The paper draws the two factors of the Gramian from
-    two independent batches, and the direction from a third: ``sgd`` takes them as ``extra=[…, …]``, and `detente run`
-    draws them. Without them this batch serves for all three, and the record says so.
+    two independent batches, and the direction from a third: ``sgd`` takes them as ``extra=[…, …]``, and the training
+    loop draws them. Without them this batch serves for all three, and the record says so.
 
     Cost: exact, some 3 to 15 linear systems in T unknowns.
 
@@ -38,7 +38,8 @@ class SDMGrad(Method):
         lambda_: λ, at least 0.
         solver: ``exact`` or ``sgd``.
         steps: number of descent steps on the weights per training step, for ``sgd``.
-        lr: their step size, on gradients divided by their mean norm, for ``sgd`` (public codes: 5 and 10).
+        lr: their step size, on gradients divided by their mean norm, for ``sgd`` (public codes: 5 and 10; they divide
+            by the roots of <g₁, g₂> of a task's two batches, which noise makes small or imaginary).
         momentum: at least 0 and below 1, for ``sgd``.
 
     Raises:
@@ -102,11 +103,10 @@ class SDMGrad(Method):
 
     def _descend(self, gradients: TaskGradients) -> tuple[np.ndarray, tuple[str, ...]]:
         """Projected gradient descent with momentum, from equal weights."""
-        products, notes = self._products(gradients)
-        scale = float(np.sqrt(np.maximum(np.diagonal(products), 0.0)).mean())
+        products, size, notes = self._products(gradients)
         shares = np.full(gradients.tasks, 1 / gradients.tasks)
-        if scale > 0:
-            products = products / scale / scale
+        if size > 0:
+            products = products / size
             pull = self.lambda_ * products.mean(axis=1)
             velocity = np.zeros_like(shares)
             for _ in range(self.steps):
@@ -114,11 +114,13 @@ class SDMGrad(Method):
                 shares = project_onto_simplex(shares - self.lr * velocity)
         return shares, notes
 
-    def _products(self, gradients: TaskGradients) -> tuple[np.ndarray, tuple[str, ...]]:
-        """[T, T] inner products of the gradients of two independent batches, or of this one."""
+    def _products(self, gradients: TaskGradients) -> tuple[np.ndarray, float, tuple[str, ...]]:
+        """[T, T] inner products of two independent batches, or of this one; the product of mean norms; what to note."""
         assert gradients.gramian is not None
         factors = [batch.jacobian for batch in gradients.extra[:2]]
         if len(factors) < 2 or factors[0] is None or factors[1] is None:
-            return gradients.gramian, ("sdmgrad: one batch served for all three; pass extra=",)
+            size = float(np.sqrt(np.diagonal(gradients.gramian)).mean()) ** 2
+            return gradients.gramian, size, ("sdmgrad: one batch served for all three; pass extra=",)
         first, second = (factor.to(torch.float64) for factor in factors if factor is not None)
-        return (first @ second.T).cpu().numpy(), ()
+        size = float(first.norm(dim=1).mean() * second.norm(dim=1).mean())
+        return (first @ second.T).cpu().numpy(), size, ()

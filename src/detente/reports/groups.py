@@ -70,9 +70,11 @@ class Group:
         return settings_of(self.runs[0])
 
     @property
-    def problem(self) -> dict[str, Any]:
-        """What was learned from, as the experiment describes it: the settings that no tuning changes."""
-        return {key: value for key, value in self.settings.items() if key.split(".")[0] == "problem"}
+    def data(self) -> dict[str, Any]:
+        """What was learned from, as far as the experiment describes it."""
+        return {
+            key: value for key, value in self.settings.items() if key.split(".")[:2] == ["problem", "data"]
+        }
 
     def values(self, task: str) -> list[float]:
         """The main metric of a task on test data, one value for each finished run that has one."""
@@ -121,7 +123,7 @@ class Study:
         """
         candidates = [group for group in self.singles if group.tasks == (task,) and group.values(task)]
         if beside is not None:
-            candidates = [group for group in candidates if group.problem == beside.problem]
+            candidates = [group for group in candidates if group.data == beside.data]
             same = [group for group in candidates if group.settings == beside.settings]
             if same:
                 return same[0]
@@ -129,11 +131,11 @@ class Study:
 
     @cached_property
     def alone(self) -> dict[str, Spread]:
-        """The main metric of the single-task networks by task, under the settings that most groups have."""
-        beside = self.compared[0] if self.compared else None
+        """The main metric of the single-task networks by task: what the first group that has a baseline is held against."""
         found = {}
         for task in self.tasks:
-            group = self.baseline(task, beside)
+            beside = (self.baseline(task, group) for group in self.compared or (None,))
+            group = next((one for one in beside if one is not None), None)
             reached = spread(group.values(task)) if group else None
             if reached is not None:
                 found[task] = reached
@@ -150,7 +152,7 @@ class Study:
                 others = [other for other in self.singles if other.tasks == (task,) and other.values(task)]
                 if not others:
                     return None, "no finished single-task run"
-                if all(other.problem != group.problem for other in others):
+                if all(other.data != group.data for other in others):
                     return None, f"the single-task runs of task {task} learned from other data"
                 return None, f"several single-task runs, none with the same settings, for task {task}"
             baselines[task] = baseline.values(task)

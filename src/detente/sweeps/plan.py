@@ -83,6 +83,7 @@ class Plan:
         main: each task's main metric.
         points: name of a contender to its first tuning runs.
         problem: what the problem says of its data and network.
+        own_trainer: whether something else than détente's loop trains.
         base: the configuration without any contender's own flags, with fixed equal weights; None if it was not told.
         rule: how configurations are chosen. Without single tasks there is no Δm.
 
@@ -105,6 +106,7 @@ class Plan:
         self.tasks, self.metrics, self.marks = tuple(tasks), tuple(metrics), dict(marks or {})
         self.main = {metric.task: metric for metric in metrics if main[metric.task] == metric.name}
         self.problem: Mapping[str, Any] = {}
+        self.own_trainer = False
         self.base: TrainingConfig | None = None
         self.lrs = tuple(sorted(lrs))
         # The single tasks come first: the others' Δm needs them.

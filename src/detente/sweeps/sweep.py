@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from detente.experiments.registry import Experiment
-from detente.methods import create
+from detente.methods import create, describe
 from detente.records import RecordError, differences, read_run
 from detente.records.atomic import plain, remove_unfinished, write_json
 from detente.records.lock import locked
@@ -24,6 +24,8 @@ from detente.sweeps.plan import VOLATILE, Plan, Planned, file_of
 from detente.sweeps.watch import State, watched
 from detente.sweeps.workers import InProcess, Job, OnRay, Outcome, Workers
 from detente.training.config import TrainingConfig
+from detente.training.order import absent_options, further_batches
+from detente.values import MethodInfo
 
 SCHEMA = 1
 PLAN = "sweep.json"
@@ -95,7 +97,7 @@ def plan_of(
         plan = Plan(asked, found, lrs, experiment.name, tasks, problem.metrics, problem.main_metric, marks)
         for one in found:
             names = losses if one.kind != "single" else None
-            mistakes += _refused(one, plan.points[one.name], names, tasks)
+            mistakes += _refused(one, plan.points[one.name], names, tasks, experiment.trainer is not None)
     elif asked.trials < len(lrs):
         mistakes.append(
             f"--trials is {asked.trials}, and there are {len(lrs)} learning rates: each is tried at least once."
@@ -106,7 +108,7 @@ def plan_of(
         problem, "describe", dict
     )  # a protocol with a trainer of its own may have nothing to say
     plan.problem = plain(describe())
-    plan.base = base
+    plan.base, plan.own_trainer = base, experiment.trainer is not None
     return plan
 
 
@@ -286,7 +288,11 @@ def flags_of(config: TrainingConfig) -> list[str]:
 
 
 def _refused(
-    contender: Contender, points: Sequence[Point], names: Sequence[str] | None, tasks: Sequence[str]
+    contender: Contender,
+    points: Sequence[Point],
+    names: Sequence[str] | None,
+    tasks: Sequence[str],
+    own_trainer: bool,
 ) -> list[str]:
     """What the method or the configuration of a contender's runs refuses."""
     try:
@@ -294,7 +300,9 @@ def _refused(
             contender.config.baselines(tasks)
         for point in {point.options: point for point in points}.values():
             config = configured(contender, point)
-            create(config.method, tasks=names, **config.method_options())
+            method = create(config.method, tasks=names, **config.method_options())
+            if not own_trainer:
+                further_batches(describe(method), config)
     except (ValueError, TypeError) as error:
         return [f"{contender.name}: {error}"]
     return []
@@ -343,7 +351,13 @@ def _same_conditions(folder: Path, plan: Plan, command: str) -> None:
         )
     added = [f"contenders.{name}" for name in conditions["contenders"] if name not in there["contenders"]]
     files = [f"files.{name}" for name in conditions["files"] if name not in there["files"]]
-    found = differences(there, conditions, ignore=("command", *_MAY_GROW, *added, *files))
+    # A sweep of an earlier version, which did not know some options, goes on under what they stand for.
+    known_as = {
+        f"contenders.{one.name}.config.{key}": value
+        for one in plan.contenders
+        for key, value in absent_options(_described(one.config), one.config).items()
+    }
+    found = differences(there, conditions, ignore=("command", *_MAY_GROW, *added, *files), defaults=known_as)
     seeds = there["asked"]["seeds"]
     if conditions["asked"]["seeds"] < seeds:
         found.append(("asked.seeds", seeds, conditions["asked"]["seeds"]))
@@ -354,5 +368,9 @@ def _same_conditions(folder: Path, plan: Plan, command: str) -> None:
             f"{folder} holds a sweep under other conditions: {'; '.join(shown)}. Its command was: {there['command']}. "
             "Repeat that (further methods and more seeds may be added to it), or choose another --out."
         )
-    if differences(there, conditions, ignore=("command",)):
+    if differences(there, conditions, ignore=("command",), defaults=known_as):
         write_json(path, {**conditions, "command": command})
+
+
+def _described(config: TrainingConfig) -> MethodInfo:
+    return describe(create(config.method, **config.method_options()))

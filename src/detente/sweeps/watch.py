@@ -26,7 +26,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 class State:
     """Where a sweep stands.
 
-    The sweep changes it while another thread shows it, so whole values are replaced and none is seen half changed.
+    The sweep changes it while another thread shows it: what that one walks through is replaced as a whole, or copied.
 
     Attributes:
         folder: that holds the folders of the runs.
@@ -63,31 +63,32 @@ class State:
             point = choice.point
             best[name] = ", ".join([f"learning rate {point.learning_rate:g}", *point.options])
         self.done, self.failed, self.best, self.seconds = done, failed, best, seconds
-        self.total = max(self.total, self.ended + len(self.running))
+        # What was tuned may run once more, to be measured on test data.
+        self.total = max(self.total, self.ended + len(self.running.keys() - seconds.keys()))
 
     @property
     def ended(self) -> int:
         """Runs that are done or failed."""
         return self.done.total() + self.failed.total()
 
-    @property
-    def at_work(self) -> dict[str, tuple[float, float]]:
-        """Name of a running run to the part of it that is behind it, and the seconds that took."""
-        return {name: behind(self.folder / name, one.config) for name, one in tuple(self.running.items())}
+    def at_work(self) -> list[tuple[float, float]]:
+        """Of every run that was begun: the part of it that is behind it, and the seconds of training that took."""
+        begun = tuple(self.running.items())
+        return [behind(self.folder / name, one.config) for name, one in begun if name not in self.seconds]
 
-    @property
-    def seconds_left(self) -> float | None:
+    def seconds_left(self, at_work: Sequence[tuple[float, float]]) -> float | None:
         """By the mean length of the runs that ended, or else of those at work; None before the first epoch."""
-        begun = [found for found in self.at_work.values() if found[0]]
-        lengths = list(self.seconds.values()) or [seconds / part for part, seconds in begun]
+        lengths = list(self.seconds.values()) or [seconds / part for part, seconds in at_work if part]
         if not lengths:
             return None
-        left = max(self.total - self.ended - sum(part for part, _ in begun), 0.0)
-        return left * sum(lengths) / len(lengths) / self.workers
+        left = max(self.total - self.ended - sum(part for part, _ in at_work), 0.0)
+        # However many workers there are, a run that was just begun takes its time.
+        longest = max((1.0 - part for part, _ in at_work), default=0.0)
+        return max(left / self.workers, longest) * sum(lengths) / len(lengths)
 
 
 def behind(folder: Path, config: TrainingConfig) -> tuple[float, float]:
-    """The part of a run that is stored, by its last whole epoch, and the seconds of its epochs; zeros before the first.
+    """The part of a run that is stored, by its last whole epoch, and the seconds of training; zeros before the first.
 
     Example:
         >>> behind(Path("no such run"), TrainingConfig(epochs=10))
@@ -131,10 +132,11 @@ def told(seconds: float) -> str:
 
 def summary(state: State) -> str:
     """One line."""
-    left, running = state.seconds_left, state.at_work
-    parts = [f"{state.ended} of {state.total} runs", f"{len(running)} running"]
-    if running:
-        least, most = min(running.values())[0], max(running.values())[0]
+    at_work = state.at_work()
+    left = state.seconds_left(at_work)
+    parts = [f"{state.ended} of {state.total} runs", f"{len(state.running)} running"]
+    if at_work:
+        least, most = min(at_work)[0], max(at_work)[0]
         parts[-1] += f" ({least:.0%} done)" if least == most else f" ({least:.0%} to {most:.0%} done)"
     parts += [f"{state.failed.total()} failed"] if state.failed.total() else []
     parts += [f"about {told(left)} left"] if left is not None else []
@@ -174,5 +176,6 @@ def _table(state: State, contenders: Sequence[str]) -> Iterator[None]:
         return table
 
     # It is drawn again and again by a thread of its own; what runs print meanwhile appears above it.
-    with Live(get_renderable=drawn, console=Console(stderr=True), refresh_per_second=1):
+    with Live(get_renderable=drawn, console=Console(stderr=True), refresh_per_second=1) as live:
+        live.refresh()
         yield

@@ -16,7 +16,6 @@ from torch import nn
 from detente.autograd.reduce import average_losses
 from detente.methods import Method, describe
 from detente.records import RunFolder
-from detente.records.atomic import plain
 from detente.training import checkpoint
 from detente.training.config import TrainingConfig
 from detente.training.evaluation import averaged, evaluate, measured, to_device
@@ -24,7 +23,7 @@ from detente.training.header import VOLATILE, header, result_of
 from detente.training.loggers import Loggers
 from detente.training.memory import peak_bytes, reset_peak
 from detente.training.method import create_method
-from detente.training.order import epoch_order, further_batches, seed_of
+from detente.training.order import absent_options, epoch_order, further_batches, seed_of
 from detente.training.position import Position
 from detente.training.problem import Problem
 from detente.training.processes import Processes, Unwritten, threads
@@ -93,7 +92,7 @@ def train(
         command=command,
     )
     # A run of an earlier version, which did not know some options, goes on under their defaults.
-    defaults = {f"config.{name}": value for name, value in plain(asdict(type(config)())).items()}
+    defaults = {f"config.{name}": value for name, value in absent_options(described, config).items()}
     processes = Processes(config.devices)
     records: RunFolder | Unwritten = Unwritten(folder)
     with ExitStack() as files:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import numpy as np
 import torch
 
+from detente.records.atomic import plain
 from detente.training.config import TrainingConfig
 from detente.values import MethodInfo
 
@@ -27,18 +31,34 @@ def further_batches(info: MethodInfo, config: TrainingConfig) -> int:
     counts = [int(need.partition(":")[2]) - 1 for need in info.needs if need.startswith("batches:")]
     if not counts or config.further_batches == "same":
         return 0
-    steps = {
+    others = {
+        f"gradients {config.gradients}": config.gradients == "features",
         f"accumulate {config.accumulate}": config.accumulate > 1,
         f"memory {config.memory}": config.memory == "low",
         f"search {config.search}": config.search != "none",
     }
-    for told, asked in steps.items():
+    for told, asked in others.items():
         if asked:
             raise ValueError(
-                f"method {info.name} compares the gradients of {counts[0] + 1} independent batches, and {told} takes "
-                "one at a time: leave it out, or let one batch serve for all with further_batches same."
+                f"method {info.name} compares the gradients of {counts[0] + 1} independent batches, which {told} does "
+                "not go with: leave that out, or let one batch serve for all with further_batches same."
             )
     return counts[0]
+
+
+def absent_options(info: MethodInfo, config: TrainingConfig) -> dict[str, Any]:
+    """Name of an option to what it stands for in the record of an earlier version, which did not know it.
+
+    Example:
+        >>> from detente.methods import create, describe
+        >>> absent_options(describe(create("modo")), TrainingConfig())["further_batches"]
+        'same'
+    """
+    found = dict(plain(asdict(type(config)())))
+    # Before there was the option, one batch served for all.
+    if any(need.startswith("batches:") for need in info.needs):
+        found["further_batches"] = "same"
+    return found
 
 
 def epoch_order(examples: int, seed: int, epoch: int, further: int = 0) -> torch.Tensor:

@@ -96,10 +96,7 @@ class GradientSteps:
                 with autocast(self.config, self.device):
                     output = self.forward(batch.inputs)
                     losses = self.problem.losses(output, batch.labels)
-                    extra = [
-                        self.problem.losses(self.forward(other.inputs), other.labels)
-                        for other in batch.further
-                    ]
+                    extra = [self._further(losses, other) for other in batch.further]
                 if self.contributions is not None:  # at every step: Adam's averages remember all of them
                     taken = task_gradients(losses, shared=self.shared, retain_graph=True)
                 record = self._backward(output, losses, extra, batch.examples, measure)
@@ -145,6 +142,16 @@ class GradientSteps:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+    def _further(self, losses: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+        """The losses of another batch, of the same tasks."""
+        others = self.problem.losses(self.forward(batch.inputs), batch.labels)
+        if set(others) != set(losses):
+            raise ValueError(
+                f"the step's batch has the tasks {', '.join(losses)}, and one that {self.info.name} compares it with "
+                f"has {', '.join(others)}. Where tasks may be absent, use further_batches same."
+            )
+        return others
 
     def _backward(
         self,
