@@ -131,7 +131,7 @@ class Study:
 
     @cached_property
     def alone(self) -> dict[str, Spread]:
-        """The main metric of the single-task networks by task: what the first group that has a baseline is held against."""
+        """The main metric of the single-task networks by task: what the first group with a baseline is held against."""
         found = {}
         for task in self.tasks:
             beside = (self.baseline(task, group) for group in self.compared or (None,))
