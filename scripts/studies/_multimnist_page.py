@@ -361,7 +361,12 @@ def _rates_of(rows: Mapping[str, Row]) -> str:
     if len(rates) == 1:
         return "here there was one, the same for all."
     listed = _listed([f"{rate:g}" for rate in rates])
-    return f"here there were {listed} for all, and the best on validation data of the first seed was taken."
+    told = f"here there were {listed} for all, and the best on validation data of the first seed was taken."
+    highest = [row.entry.title for row in rows.values() if row.rate == max(rates)]
+    if not highest:
+        return told
+    which = "every row" if len(highest) == len(rows) else _listed(highest)
+    return f"{told} In {which} that is the highest, so that a higher one may be better still."
 
 
 def _at_every_rate(rows: Mapping[str, Row]) -> list[str]:

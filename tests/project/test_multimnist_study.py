@@ -226,6 +226,7 @@ def test_the_learning_rate_is_chosen_on_validation_data(study: ModuleType, tmp_p
     study.write(tmp_path / "page.md", None, tmp_path, "")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "here there were 0.01 and 0.05 for all" in text and "--lrs 0.01 0.05 " in text
+    assert "In every row that is the highest, so that a higher one may be better still." in text
     # What was not chosen is told too, and the runs that made it.
     assert "| uniform | 0.01 | 90.00 | 99.00 | 99.00 |" in text
     assert "| uniform | 0.05 | 95.00 | 96.00 ± 1.41 | 96.00 ± 1.41 |" in text
