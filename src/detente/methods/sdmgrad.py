@@ -38,8 +38,7 @@ class SDMGrad(Method):
         lambda_: λ, at least 0.
         solver: ``exact`` or ``sgd``.
         steps: number of descent steps on the weights per training step, for ``sgd``.
-        lr: their step size, on gradients divided by their mean norm, for ``sgd`` (public codes: 5 and 10; they divide
-            by the roots of <g₁, g₂> of a task's two batches, which noise makes small or imaginary).
+        lr: their step size, on gradients divided by their mean norm, for ``sgd`` (public codes: 5 and 10).
         momentum: at least 0 and below 1, for ``sgd``.
 
     Raises:
