@@ -84,6 +84,8 @@ class Combination:
         kept_rank: the number of directions a spectral method kept, None for the others.
         dropped: names of tasks whose gradient the method could not represent and left out.
         notes: sentences for the record, for example which form of a method ran.
+        residual: by how much the answer misses the conditions of the method's problem, relative to the size of the
+            terms summed in them; None for methods that solve no problem, and where the answer has a closed form.
 
     Example:
         >>> Combination(weights=torch.tensor([0.5, 0.5], dtype=torch.float64)).accepted
@@ -98,6 +100,7 @@ class Combination:
     kept_rank: int | None = None
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    residual: float | None = None
 
     @property
     def accepted(self) -> bool:
@@ -143,7 +146,7 @@ class StepRecord:
             were taken (loss weightings) or no parameter is shared.
         raw: conflict of the gradients as given, None if none were taken.
         altered: conflict of the gradients after the method altered them one by one, None if it does not.
-        kept_rank, dropped, notes: as in :class:`Combination`.
+        kept_rank, dropped, notes, residual: as in :class:`Combination`; above 1e-10 a note tells of the residual.
         seconds: wall-clock time of the whole call.
 
     Example:
@@ -162,6 +165,7 @@ class StepRecord:
     kept_rank: int | None = None
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    residual: float | None = None
     seconds: float = 0.0
 
     @property
