@@ -12,8 +12,9 @@ True
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from detente.autograd.reduce import average_losses
-from detente.autograd.same import check_ranks
+from detente.autograd.branches import Branches, branch
+from detente.autograd.ranks import check_ranks
+from detente.autograd.reduction import average_losses
 from detente.methods import Declaration, Method, create, methods, register, unregister, wrappers
 from detente.methods.wrappers import wrap
 from detente.step import accumulate, apply, backward, combine, task_gradients
@@ -22,6 +23,7 @@ from detente.values import Combination, Conflict, MethodInfo, Option, StepRecord
 __version__ = "0.1.0"
 
 __all__ = [
+    "Branches",
     "Combination",
     "Conflict",
     "Declaration",
@@ -34,6 +36,7 @@ __all__ = [
     "apply",
     "average_losses",
     "backward",
+    "branch",
     "check_ranks",
     "combine",
     "create",

@@ -35,6 +35,9 @@ class TaskGradients:
         block_sizes: how many columns of the Jacobian each block has, in order.
         block_layers: which layer each block belongs to, counted from 0: a tensor with two or more dimensions starts
             a layer, one with fewer (a bias, a normalisation's scale) belongs to the layer before it.
+        columns: key and number of columns of each shared tensor in the Jacobian, in order. A key stays with its
+            parameter from step to step: state of the size of the parameters is kept by it. Empty where the Jacobian
+            is not laid out over parameters.
         extra: the same tasks' gradients on further, independent batches, for methods that need ``batches:k``; empty
             when the caller gave none.
         activations: [P] the flattened representation, where the gradients are with respect to it.
@@ -54,6 +57,7 @@ class TaskGradients:
     block_names: tuple[str, ...] = ()
     block_sizes: tuple[int, ...] = ()
     block_layers: tuple[int, ...] = ()
+    columns: tuple[tuple[int, int], ...] = ()
     extra: tuple[TaskGradients, ...] = ()
     activations: torch.Tensor | None = None
     space: Space = "exact"
@@ -140,7 +144,8 @@ class StepRecord:
     Attributes:
         names: the T tasks of this step; every sequence below follows their order.
         losses: T losses.
-        weights: T weights of the tasks, None where the method's direction is no weighted sum.
+        weights: T weights of the tasks, None for a task that was left out, or that has none because the method's
+            direction is no weighted sum. (None as a whole in records of earlier versions.)
         status: ``ok``, ``stationary`` or ``refused``; ``accumulating`` for a micro-batch that is not the last.
         space: where the problem was solved: ``exact``, ``features``, ``layer``; ``none`` if no task gradients
             were taken (loss weightings) or no parameter is shared.
@@ -157,7 +162,7 @@ class StepRecord:
 
     names: tuple[str, ...]
     losses: tuple[float, ...]
-    weights: tuple[float, ...] | None
+    weights: tuple[float | None, ...] | None
     status: Status | Literal["accumulating"] = "ok"
     space: Space = "none"
     raw: Conflict | None = None
@@ -267,6 +272,11 @@ class MethodInfo:
     permutation: Literal["exact", "distribution"] | None = None
     heads: Literal["own", "weighted"] = "own"
     gives: Literal["weights", "blocks", "direction"] = "weights"
+
+    @property
+    def batches(self) -> int:
+        """How many independent batches a step looks at: k of the need ``batches:k``, else 1."""
+        return max([1, *(int(need.partition(":")[2]) for need in self.needs if need.startswith("batches:"))])
 
     @property
     def takes_gradients(self) -> bool:

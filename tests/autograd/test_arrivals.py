@@ -12,14 +12,14 @@ from torch import nn
 from twins.engine import Spy
 
 import detente
-from detente.autograd.flat import finite, probes
+from detente.autograd.layout import finite, probes
 
 MODES = ("fast", "low")
 
 
 @pytest.fixture(autouse=True)
 def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detente.autograd.rows._LARGE", 1)
+    monkeypatch.setattr("detente.autograd.jacobian._LARGE", 1)
 
 
 def step(losses: Any, memory: str, **options: Any) -> tuple[detente.StepRecord, Spy]:
@@ -83,7 +83,7 @@ def test_no_backward_holds_its_gradients(memory: str) -> None:
 def test_some_are_handed_over_and_others_left(
     monkeypatch: pytest.MonkeyPatch, memory: str, large: int
 ) -> None:
-    monkeypatch.setattr("detente.autograd.rows._LARGE", large)
+    monkeypatch.setattr("detente.autograd.jacobian._LARGE", large)
     trunk, frozen = layers(3), nn.Parameter(torch.ones(5, dtype=torch.float64), requires_grad=False)
     z = trunk(torch.ones(2, 5, dtype=torch.float64)) * frozen
     losses = [z.sum(), z.square().sum()]
@@ -138,7 +138,7 @@ def test_a_backward_inside_an_operation_meets_the_same_leaf(memory: str, rows: i
 
 @pytest.mark.parametrize("large", [1, 1000])
 def test_a_leaf_that_several_segments_feed(monkeypatch: pytest.MonkeyPatch, large: int) -> None:
-    monkeypatch.setattr("detente.autograd.rows._LARGE", large)
+    monkeypatch.setattr("detente.autograd.jacobian._LARGE", large)
     monkeypatch.setattr(
         "detente.autograd.segments._cuts", lambda spans, waiting, allowed: (0.0, list(range(len(waiting))))
     )

@@ -11,10 +11,11 @@ from torch import nn
 from twins.engine import Spy, Weighting
 
 import detente
-from detente.autograd.flat import Layout, accumulate, finite, probes
+from detente.autograd.layout import Layout, accumulate, finite, probes
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
-from detente.autograd.partition import Memory, as_tensors, gradient_edge, walk
+from detente.autograd.graph import gradient_edge, walk
+from detente.autograd.roles import Memory, as_tensors
 
 
 @pytest.mark.parametrize("columns", [1, 7, (1 << 17) // 3 - 1, (1 << 17) // 3 + 1])
@@ -63,7 +64,7 @@ def test_the_weighted_sum_group_by_group_is_the_sum(monkeypatch: pytest.MonkeyPa
     weights = torch.tensor([0.5, -1.0, 2.0])
     whole = layout.split(weights @ jacobian)
     for size in (1, 7, 100):
-        monkeypatch.setattr("detente.autograd.flat._GROUP", size)
+        monkeypatch.setattr("detente.autograd.layout._GROUP", size)
         pieces = layout.weighted(weights, jacobian)
         assert [piece.shape for piece in pieces] == [tensor.shape for tensor in tensors]
         assert all(torch.allclose(a, b) for a, b in zip(pieces, whole, strict=True))

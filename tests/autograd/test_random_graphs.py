@@ -42,7 +42,7 @@ def _everywhere(spans: object, waiting: list[int], allowed: int) -> tuple[float,
 @settings(max_examples=70)
 @given(plans(), st.sampled_from(["exact", "batched", "low", "cut", "layer", "weighting"]))
 def test_modes_on_parameters(plan: Plan, mode: str) -> None:
-    with mock.patch("detente.autograd.rows._LARGE", WIDTH * 2):  # small and large ones
+    with mock.patch("detente.autograd.jacobian._LARGE", WIDTH * 2):  # small and large ones
         if mode == "cut":
             with mock.patch("detente.autograd.segments._cuts", _everywhere):
                 _mode_on_parameters(plan, "low")

@@ -7,16 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from detente.autograd.exact import ExactPass, exact_pass
-from detente.autograd.flat import Layout
-from detente.autograd.losses import multiplied
-from detente.autograd.partition import Memory, Partition
-from detente.autograd.reduce import Prepared
-from detente.autograd.rows import Rows, ScatteredRows, SummedRows
+from detente.autograd.jacobian import ExactPass, Rows, exact_pass, rows_for
+from detente.autograd.layout import Layout
+from detente.autograd.roles import Roles
+from detente.autograd.step import Step
 
 
 class Accumulation:
-    """Sums over the micro-batches of one step, each weighted by its examples.
+    """Keep sums over the micro-batches of one step, each weighted by its examples.
 
     Holds T P numbers, as an exact step does, and the gradients of own parameters.
 
@@ -33,102 +31,117 @@ class Accumulation:
         self._totals: list[float] = []
         self._losses: list[torch.Tensor] = []
         self._own: list[dict[torch.Tensor, torch.Tensor]] = []
+        self._inside: set[str] = set()
+        self._certain: set[str] | None = None
         self._touched: set[torch.Tensor] = set()
+        self._sparse: dict[torch.Tensor, list[torch.Tensor]] = {}
+        self._dense: set[torch.Tensor] = set()
         self._rows: torch.Tensor | None = None
-        self._layout: Layout | None = None
+        self._roles: Roles | None = None
 
-    def add(
-        self,
-        step: Prepared,
-        memory: Memory,
-        factor: torch.Tensor | None,
-        *,
-        retain_graph: bool,
-        batched: bool,
-    ) -> None:
+    def add(self, step: Step) -> None:
         """Take in a micro-batch.
-
-        Args:
-            step: its tasks and losses.
-            memory: of the method.
-            factor: of a gradient scaler.
-            retain_graph, batched: as for :func:`~detente.autograd.take.take`.
 
         Raises:
             ValueError: nothing is shared, or other parameters are than in the micro-batches before.
         """
-        assert isinstance(step.parts, Partition), "features are refused before"
-        parts, layout = step.parts, Layout(step.parts.shared)
+        roles, layout = step.roles, Layout(step.roles.shared)
         if not layout.tensors:
             raise ValueError(
                 "no parameter is shared by the tasks, so there is nothing to combine: call backward() outside of "
                 "accumulate()."
             )
-        if self._layout is not None and self._layout != layout:
+        if self._roles is not None and list(map(id, self._roles.shared)) != list(map(id, roles.shared)):
             raise ValueError(
                 f"micro-batch {self.done + 1} of {self.parts} shares other parameters than those before; name shared=, "
                 "or begin with a micro-batch of all tasks."
             )
-        self._layout = layout
-        self._know(step.names, layout)
+        self._roles = roles
+        self._inside.update(step.names[task] for task in step.inside)
+        if roles.certain >= 0:
+            sure = {name for task, name in enumerate(step.names) if roles.certain >> task & 1}
+            self._certain = sure | (self._certain or set())
+        # Every task has a row: one that reaches nothing shared here may do so in another micro-batch.
+        step = replace(step, inside=tuple(range(len(step.names))))
+        places, totals = self._know(step, layout), step.totals or (1.0,) * len(step.names)
         assert self._rows is not None
-        losses = step.losses if factor is None else multiplied(step.losses, factor)
-        places = [self._names.index(name) for name in step.names]
-        added = _AddedRows(layout, self._rows, places, step.totals, memory)
-        graph = exact_pass(losses, parts, memory, rows=added, retain_graph=retain_graph, batched=batched)
-        for place, loss, total, own in zip(places, step.losses, step.totals, graph.own, strict=True):
+        added = _AddedRows(layout, self._rows, places, totals, step)
+        walked = exact_pass(replace(step, factor=None), added)
+        for place, loss, total, own in zip(places, step.losses, totals, walked.own, strict=True):
             self._totals[place] += total
             self._losses[place] = self._losses[place] + total * loss.detach().to(torch.float64)
             held = self._own[place]
             for tensor, gradient in own:
                 part = gradient * total
                 held[tensor] = held[tensor] + part if tensor in held else part
-        self._touched |= graph.touched
+        for tensor in walked.reached:
+            if tensor in walked.sparse:
+                self._sparse.setdefault(tensor, []).append(walked.sparse[tensor])
+            else:
+                self._dense.add(tensor)
+        self._touched |= walked.reached
         self.done += 1
 
-    def finish(
-        self, last: Prepared, memory: Memory, factor: torch.Tensor | None, *, whole: bool
-    ) -> tuple[Prepared, ExactPass]:
-        """The step of the whole batch, as if its losses had been means over all of its examples.
+    def finish(self, last: Step) -> ExactPass:
+        """Return the pass of the whole batch, as if its losses had been means over all of its examples.
 
         Args:
             last: the last micro-batch.
-            memory, factor: as for :meth:`add`.
-            whole: as for :func:`~detente.autograd.take.take`.
         """
-        assert self._rows is not None and self._layout is not None and isinstance(last.parts, Partition)
+        assert self._rows is not None and self._roles is not None
         totals = self._rows.new_tensor(self._totals)
-        self._rows.div_(totals[:, None] if factor is None else totals[:, None] * factor.to(totals))
+        self._rows.div_(totals[:, None] if last.factor is None else totals[:, None] * last.factor.to(totals))
         losses = [loss / total for loss, total in zip(self._losses, self._totals, strict=True)]
-        own = [
+        own = tuple(
             [(tensor, gradient / total) for tensor, gradient in held.items()]
             for held, total in zip(self._own, self._totals, strict=True)
-        ]
-        rows: Rows = _HeldRows(self._layout, self._rows)
+        )
+        inside = tuple(task for task, name in enumerate(self._names) if name in self._inside)
+        everyone = (1 << len(self._names)) - 1
+        certain = -1
+        if self._certain is not None:
+            certain = sum(1 << task for task, name in enumerate(self._names) if name in self._certain)
+        roles = replace(
+            self._roles,
+            reached=(everyone,) * len(self._roles.shared),
+            own=((),) * len(self._names),
+            certain=certain,
+        )
+        step = replace(
+            last,
+            names=tuple(self._names),
+            losses=losses,
+            scaled=losses,
+            roles=roles,
+            inside=inside or tuple(range(len(self._names))),
+            shares=(),
+        )
+        kept = self._rows if len(step.inside) == len(self._names) else self._rows[list(step.inside)]
+        rows = Rows(Layout(roles.shared), kept)
         if last.reduction is not None:
-            kind = SummedRows if whole else ScatteredRows
-            spread = kind(self._layout, len(losses), memory, last.reduction.ranks)
-            for task, row in enumerate(self._rows):
-                spread.write_row(task, row)
+            spread = rows_for(step, roles.shared, len(step.inside))
+            for row, held in enumerate(kept):
+                spread.row(row).copy_(held)
+                spread.filled(row)
             rows = spread
-        graph = ExactPass(
-            losses,
-            "exact",
+        return ExactPass(
+            step,
             rows.jacobian,
             own,
-            columns=self._layout.tensors,
-            touched=self._touched,
+            roles.shared,
+            frozenset(self._touched),
+            rows.partial,
             rows=rows,
-            reduction=last.reduction,
-            partial=rows.partial,
-            factor=factor,
+            sparse={
+                tensor: torch.unique(torch.cat(entries))
+                for tensor, entries in self._sparse.items()
+                if tensor not in self._dense
+            },
         )
-        graph.reached = self._touched | {tensor for task in own for tensor, _ in task}
-        return replace(last, names=tuple(self._names), losses=losses), graph
 
-    def _know(self, names: Sequence[str], layout: Layout) -> None:
-        """Make room for tasks that were not in the micro-batches before."""
-        for name in names:
+    def _know(self, step: Step, layout: Layout) -> list[int]:
+        """Make room for tasks that were not in the micro-batches before; where each task of this one stands."""
+        for name in step.names:
             if name not in self._names:
                 self._names.append(name)
                 self._totals.append(0.0)
@@ -136,20 +149,17 @@ class Accumulation:
                 self._own.append({})
         held = self._rows
         if held is None or len(held) < len(self._names):
-            self._rows = layout.like.new_zeros(len(self._names), layout.columns)
+            like = layout.like
+            if step.factor is not None and like.dtype.itemsize < 4:
+                like = like.to(torch.float32)
+            self._rows = like.new_zeros(len(self._names), layout.columns)
             if held is not None:
                 self._rows[: len(held)] = held
-
-
-class _HeldRows(Rows):
-    """Rows that are there already."""
-
-    def __init__(self, layout: Layout, jacobian: torch.Tensor) -> None:
-        self.layout, self.jacobian = layout, jacobian
+        return [self._names.index(name) for name in step.names]
 
 
 class _AddedRows(Rows):
-    """Rows that are added to others, times a factor."""
+    """Add rows to others, times a factor."""
 
     def __init__(
         self,
@@ -157,13 +167,14 @@ class _AddedRows(Rows):
         jacobian: torch.Tensor,
         places: Sequence[int],
         factors: Sequence[float],
-        memory: Memory,
+        step: Step,
     ) -> None:
-        self.layout, self.jacobian, self.places, self.factors = layout, jacobian, places, factors
-        self._row = memory.buffer(1, layout.columns, layout.like)[0]
+        super().__init__(layout, jacobian)
+        self.places, self.factors = places, factors
+        self._row = step.memory.buffer(1, layout.columns, jacobian)[0]
 
     def row(self, task: int) -> torch.Tensor:
-        """[P] for the gradients of one task at a time."""
+        """Return [P] for the gradients of one task at a time."""
         return self._row
 
     def filled(self, task: int) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from detente.autograd.flat import Layout
+from detente.autograd.layout import Layout
+from detente.autograd.entries import dense, real
 from detente.autograd.gramian import gramian
-from detente.autograd.partition import Memory
+from detente.autograd.roles import Memory
 from detente.autograd.ranks import Ranks
 
 Groups = list[list[torch.Tensor]]
@@ -55,7 +56,7 @@ class Buckets:
         if self._group_of[leaf] != self._current:
             self._early.setdefault(leaf, {})[task] = gradient
             return
-        row = _flat(gradient)
+        row = real(dense(gradient)).reshape(-1)
         start, width = self._start[leaf], self._rows.shape[2]
         stop = start + len(row)
         for part in range(start // width, -(-stop // width)):  # each rank's columns lie together
@@ -147,10 +148,3 @@ def merged(orders: Sequence[Sequence[int]]) -> list[int]:
             else:
                 found.insert(place, entry)
     return found
-
-
-def _flat(gradient: torch.Tensor) -> torch.Tensor:
-    """The entries as one row of real numbers."""
-    if gradient.layout is not torch.strided:
-        gradient = gradient.to_dense()
-    return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).reshape(-1)

@@ -11,19 +11,19 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from detente.autograd.flat import Gradients, finite, probes
+from detente.autograd.layout import Gradients, finite, probes
 from detente.autograd.host import to_host
 
 
 class GradientNotFinite(ValueError):
-    """A gradient is NaN or infinite; under a gradient scaler that happens, and the step is skipped."""
+    """Say that a gradient is NaN or infinite; under a gradient scaler that happens, and the step is skipped."""
 
 
 Losses: TypeAlias = Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
 
 
 def named_losses(losses: Losses) -> tuple[tuple[str, ...], list[torch.Tensor]]:
-    """Names and scalars of the tasks of a step; unnamed losses are called by their position.
+    """Return names and scalars of the tasks of a step; unnamed losses are called by their position.
 
     Raises:
         ValueError: no losses, one tensor instead of several, two tasks of one name, a loss that is not a scalar or has
@@ -60,17 +60,12 @@ def named_losses(losses: Losses) -> tuple[tuple[str, ...], list[torch.Tensor]]:
 
 
 def values_of(losses: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
-    """The losses without their names, in order."""
+    """Return the losses without their names, in order."""
     return list(losses.values()) if isinstance(losses, Mapping) else list(losses)
 
 
-def multiplied(losses: Sequence[torch.Tensor], factor: torch.Tensor) -> list[torch.Tensor]:
-    """Losses times a scaler's factor; one that is absent stays so."""
-    return [loss * factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
-
-
 def check_scalar(name: str, loss: torch.Tensor) -> None:
-    """See that a loss is one real number.
+    """Check that a loss is one real number.
 
     Raises:
         ValueError: it is not; the task is named.
@@ -82,7 +77,7 @@ def check_scalar(name: str, loss: torch.Tensor) -> None:
 
 
 def check_losses(names: Sequence[str], losses: np.ndarray | None) -> None:
-    """See that every loss [T] is finite.
+    """Check that every loss [T] is finite.
 
     Raises:
         ValueError: one is not; the task is named.
@@ -96,7 +91,7 @@ def check_losses(names: Sequence[str], losses: np.ndarray | None) -> None:
 def check_gradients(
     names: Sequence[str], sizes: np.ndarray, space: str = "exact", what: str | None = None
 ) -> None:
-    """See that every task's gradient is finite, by the square of each [T], or True where it is.
+    """Check that every task's gradient is finite, by the square of each [T], or True where it is.
 
     ``what`` tells which gradient; by default the shared one of ``space``.
 
@@ -112,7 +107,7 @@ def check_gradients(
 
 
 def check_own(names: Sequence[str], own: Sequence[Gradients], probed: np.ndarray) -> None:
-    """See that the gradients of own parameters are finite, by the probe of each.
+    """Check that the gradients of own parameters are finite, by the probe of each.
 
     Raises:
         ValueError: one is not; the task is named.
@@ -126,7 +121,7 @@ def check_own(names: Sequence[str], own: Sequence[Gradients], probed: np.ndarray
 
 
 def check_behind(names: Sequence[str], gradients: Gradients) -> None:
-    """See that the gradients behind the place where the problem was solved are finite.
+    """Check that the gradients behind the place where the problem was solved are finite.
 
     Raises:
         ValueError: one is not. No task can be named: one backward serves them all.
@@ -142,7 +137,7 @@ def check_behind(names: Sequence[str], gradients: Gradients) -> None:
 
 
 def check_weighted(names: Sequence[str], gradients: Gradients, probed: np.ndarray) -> None:
-    """See that the gradients of weighted losses are finite, by the probe of each.
+    """Check that the gradients of weighted losses are finite, by the probe of each.
 
     Raises:
         ValueError: one is not. No task can be named: one backward serves them all.

@@ -21,111 +21,93 @@ import torch
 from torch.autograd.graph import GradientEdge, Node
 
 from detente.autograd.buckets import Buckets, in_common_order
-from detente.autograd.exact import Pass
-from detente.autograd.flat import Gradients, Layout, gradients_of, present, seeds_of
-from detente.autograd.partition import Edge, Memory, Partition, gradient_edge
-from detente.autograd.reduction import Reduction
-from detente.autograd.rows import Arrivals
+from detente.autograd.graph import Edge, gradient_edge
+from detente.autograd.jacobian import Arrivals, Pass, weighted_shared
+from detente.autograd.layout import Gradients, Layout
 from detente.autograd.segments import Segment, segments_of
+from detente.autograd.step import Step
 
 
-@dataclass
+@dataclass(frozen=True)
 class LowPass(Pass):
-    """Inner products of task gradients that are not kept.
+    """Hold inner products of task gradients that are not kept.
 
     Attributes:
         gramian: [T, T] float64; on several processes what this rank's columns contribute.
         segments: how many pieces the graph was cut into; on several processes in how many the rows were sent.
     """
 
-    partition: Partition = field(kw_only=True)
     gramian: torch.Tensor = field(kw_only=True)
     segments: int = field(kw_only=True)
-    retain_graph: bool = field(kw_only=True)
 
     def products(self, sizes: Sequence[int] | None) -> torch.Tensor:
-        """[T, T]; methods that look at blocks are refused before."""
+        """Return [T, T]; methods that look at blocks are refused before."""
         assert sizes is None
         return self.gramian
 
-    def unscale(self, factor: torch.Tensor) -> None:
-        """Take it back from the inner products; the weighted backward starts from the multiplied losses."""
-        self.factor = factor
-        self.gramian = self.gramian / factor.to(self.gramian).square()
-
-    def shared_by_weights(self, weights: torch.Tensor) -> Gradients:
-        """The weighted backward."""
-        reached = [t for t, mask in zip(self.partition.shared, self.partition.reached, strict=True) if mask]
-        seeds = seeds_of(self.losses, weights)
-        found = present(reached, gradients_of(self.losses, reached, seeds, retain_graph=self.retain_graph))
-        return found if self.reduction is None else self.reduction.gradients(self.reduction.shared, found)
+    def carry(self, direction: torch.Tensor | None, weights: torch.Tensor | None) -> Gradients:
+        """Take the weighted backward."""
+        assert weights is not None, "checked before"
+        return weighted_shared(self.step, weights)
 
 
-def low_pass(
-    losses: Sequence[torch.Tensor],
-    partition: Partition,
-    memory: Memory,
-    *,
-    retain_graph: bool,
-    reduction: Reduction | None = None,
-) -> LowPass:
-    """Take the inner products of T tasks' gradients with respect to ``partition.shared``, and own gradients.
+def low_pass(step: Step) -> LowPass:
+    """Take the inner products of T tasks' gradients with respect to the shared parameters, and own gradients.
 
-    Args:
-        losses: T scalars with their graph; on several processes without one where a task is absent here.
-        partition: who owns what.
-        memory: lends room for the rows of a segment.
-        retain_graph: keep the graph after the weighted backward.
-        reduction: on several processes, what makes the whole of the ranks' parts.
+    On several processes a loss is without a graph where its task is absent.
     """
-    tasks, layout = len(losses), Layout(partition.shared)
-    sizes = dict(zip(partition.shared, layout.widths, strict=True))
-    counted = {tensor: 0 for tensors in partition.own for tensor in tensors}
-    bytes_each = layout.like.element_size()
-    counted |= {tensor: bytes_each * size for tensor, size in sizes.items()}
+    roles, losses, reduction = step.roles, step.scaled, step.reduction
+    tasks, layout = len(losses), Layout(roles.shared)
+    sizes = dict(zip(roles.shared, layout.widths, strict=True))
+    counted = {tensor: 0 for tensors in roles.own for tensor in tensors}
+    counted |= {tensor: layout.dtype.itemsize * size for tensor, size in sizes.items()}
     here = [loss for loss in losses if loss.requires_grad]
     segments = segments_of(here, counted, tasks) if here else []
     endings = [[leaf for leaf in segment.complete if leaf in sizes] for segment in segments]
     groups = [ending for ending in endings if ending]
     if reduction is not None:
-        groups = in_common_order(groups, partition.shared, sizes, max(sizes.values()), reduction.ranks)
+        groups = in_common_order(groups, roles.shared, sizes, max(sizes.values()), reduction.ranks)
     known = {leaf for ending in endings for leaf in ending}
-    buckets = Buckets(groups, known, tasks, memory, None if reduction is None else reduction.ranks)
+    buckets = Buckets(groups, known, tasks, step.memory, None if reduction is None else reduction.ranks)
     # What waits at the edges: for each task the gradients that have left the segments done so far.
     waiting: list[dict[Edge, torch.Tensor]] = [
         {gradient_edge(loss): torch.ones_like(loss)} if loss.requires_grad else {} for loss in losses
     ]
-    left = _Left(partition.own, tasks, buckets)
-    for segment, ending in zip(segments, endings, strict=True):
-        arrivals, ends = Arrivals(segment.leaves), frozenset(ending)
-        with _held_at(segment.leaving), arrivals.awaited():
-            for task in range(tasks):
-                receive = partial(left.receive, task, segment.leaves, ends)
-                for place, gradient in _carry(segment, waiting[task], arrivals, receive):
-                    receive(place, gradient)
-                left.close(task, ending)
-        buckets.complete(ending)
-    own = [
+    left = _Left(roles.own, tasks, buckets)
+    with step.recomputation as recomputation:
+        for segment, ending in zip(segments, endings, strict=True):
+            arrivals, ends = Arrivals(segment.leaves), frozenset(ending)
+            with _held_at(segment.leaving), arrivals.awaited():
+                for task in range(tasks):
+                    receive = partial(left.receive, task, segment.leaves, ends)
+                    for place, gradient in _carry(segment, waiting[task], arrivals, receive):
+                        receive(place, gradient)
+                    left.close(task, ending)
+                    recomputation.next()
+            buckets.complete(ending)
+    own: tuple[Gradients, ...] = tuple(
         [(tensor, held[tensor]) for tensor in tensors if tensor in held]
-        for tensors, held in zip(partition.own, left.own, strict=True)
-    ]
+        for tensors, held in zip(roles.own, left.own, strict=True)
+    )
+    gramian = buckets.gramian.to(losses[0].device)
+    if step.factor is not None:  # the weighted backward starts from the multiplied losses
+        gramian = gramian / step.factor.to(gramian).square()
+    if len(step.inside) < tasks:
+        gramian = gramian[list(step.inside)][:, list(step.inside)]
     return LowPass(
-        losses,
-        "exact",
-        own=own,
-        columns=partition.shared,
-        reduction=reduction,
-        partial=reduction is not None,
-        reached=left.touched | {tensor for task in own for tensor, _ in task},
-        partition=partition,
-        gramian=buckets.gramian.to(losses[0].device),
+        step,
+        None,
+        own,
+        roles.shared,
+        frozenset(left.touched) | {tensor for task in own for tensor, _ in task},
+        reduction is not None,
+        gramian=gramian,
         segments=len(segments) if reduction is None else len(groups),
-        retain_graph=retain_graph,
     )
 
 
 class _Left:
-    """What the tasks' gradients leave in the leaves of the segments.
+    """Collect what the tasks' gradients leave in the leaves of the segments.
 
     Args:
         owned: for each task its own parameters.
@@ -152,7 +134,7 @@ class _Left:
         place: int,
         gradient: torch.Tensor,
     ) -> None:
-        """The gradient of one of the leaves of a segment; ``ends`` are those that no later segment feeds."""
+        """Take the gradient of one of the leaves of a segment; ``ends`` are those that no later segment feeds."""
         leaf = leaves[place]
         if leaf in ends and leaf not in self._begun[task]:
             # At once, so that no task's gradients are held twice.
@@ -163,7 +145,7 @@ class _Left:
         held[leaf] = held[leaf] + gradient if leaf in held else gradient
 
     def close(self, task: int, ending: Sequence[torch.Tensor]) -> None:
-        """A task is through the last segment that feeds these."""
+        """Note that a task is through the last segment that feeds these."""
         for leaf in ending:
             if leaf in self._begun[task]:
                 self.touched.add(leaf)
@@ -176,7 +158,7 @@ def _carry(
     arrivals: Arrivals,
     receive: Callable[[int, torch.Tensor], None],
 ) -> list[tuple[int, torch.Tensor]]:
-    """One task's gradient through one segment, from the edges where it waits to those by which it leaves.
+    """Carry one task's gradient through one segment, from the edges where it waits to those by which it leaves.
 
     Returns:
         Places and gradients of those of the segment's leaves that ``receive`` did not get.

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import Node
 
-from detente.autograd.partition import Edge, gradient_edge
+from detente.autograd.graph import Edge, gradient_edge
 
 # Into how many parts T rows are split at least where that is easy.
 _PARTS = 8

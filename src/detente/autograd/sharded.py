@@ -21,7 +21,7 @@ _ADVICE = (
 
 
 def check_whole(tensors: Iterable[torch.Tensor]) -> None:
-    """See that no parameter is a shard, or a whole copy lent by those who shard it.
+    """Check that no parameter is a shard, or a whole copy lent by those who shard it.
 
     Args:
         tensors: parameters as a caller names them, or leaves of the graph.
@@ -46,7 +46,7 @@ def check_whole(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _lent() -> set[int]:
-    """Identities of the copies that modules under ``fully_shard`` hold: until they are freed, nothing else tells."""
+    """Return the identities of the copies that modules under ``fully_shard`` hold: until they are freed, nothing else tells."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
     if not states:
         return set()

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from detente.autograd.flat import finite, probes_of_rows
+from detente.autograd.engine import Taken, full_precision
 from detente.autograd.gramian import gramian
 from detente.autograd.host import to_host
-from detente.autograd.losses import check_gradients, check_losses, check_scalar, values_of
-from detente.autograd.reduce import Prepared
+from detente.autograd.layout import finite, probes, probes_of_rows
+from detente.autograd.losses import (
+    GradientNotFinite,
+    check_gradients,
+    check_losses,
+    check_scalar,
+    values_of,
+)
+from detente.autograd.step import Step
 from detente.methods.base import Method, positional
-from detente.methods.registry import create
+from detente.methods.registry import create, info_of
+from detente.step.recording import large_state, undone_on_failure
 from detente.values import Combination, TaskGradients
 
 # What a method may need and still get by, on several processes, with one part of every gradient on each.
@@ -25,7 +34,7 @@ _NUMBERS = frozenset({"losses", "gramian", "epoch", "after_step"})
 def combine(
     method: Method | str, jacobian: torch.Tensor, losses: Mapping[str, Any] | Sequence[Any] | None = None
 ) -> Combination:
-    """The mathematics alone: one training step of ``method`` on a matrix of task gradients.
+    """Combine a matrix of task gradients: one training step of ``method``, the mathematics alone.
 
     Args:
         method: a method, or the name of one (created afresh, with its default options).
@@ -44,7 +53,13 @@ def combine(
         >>> combine("mgda", torch.tensor([[2.0, 0.0], [0.0, 2.0]])).direction
         tensor([1., 1.])
     """
-    method = create(method) if isinstance(method, str) else method
+    with full_precision():
+        return _combine(create(method) if isinstance(method, str) else method, jacobian, losses)
+
+
+def _combine(
+    method: Method, jacobian: torch.Tensor, losses: Mapping[str, Any] | Sequence[Any] | None
+) -> Combination:
     jacobian = torch.as_tensor(jacobian).detach()
     if jacobian.dim() != 2 or jacobian.shape[0] == 0:
         raise ValueError(
@@ -88,11 +103,25 @@ def combine(
             "block_layers": (0,),
         }
         gradients = replace(gradients, block_gramians=matrix[None].copy(), **whole)
-    return with_direction(method.combine(gradients), gradients)
+    with undone_on_failure(method) if watched(method, jacobian.dtype, gradients) else nullcontext():
+        combination = with_direction(method.combine(gradients), gradients)
+        check_result(method, combination)
+    return combination
+
+
+def watched(method: Method, dtype: torch.dtype, gradients: TaskGradients) -> bool:
+    """Return whether a method's state is to be copied, in case that what it finds is not finite.
+
+    A copy of a large state costs as much as the step; it is made where numbers are near the ends of their type.
+    """
+    if not large_state(method):
+        return info_of(method).stateful
+    largest = float("inf") if gradients.gramian is None else float(gradients.gramian.diagonal().max())
+    return dtype.itemsize < 4 or not largest < 1e30
 
 
 def with_direction(combination: Combination, gradients: TaskGradients) -> Combination:
-    """The combination with its direction [P] filled in from the weights; exactly zero where it is stationary.
+    """Return the combination with its direction [P] filled in from the weights; exactly zero where it is stationary.
 
     The direction has memory of its own: the engine uses that of the Jacobian again in the next step.
     """
@@ -110,11 +139,11 @@ def with_direction(combination: Combination, gradients: TaskGradients) -> Combin
         direction = combination.weights.to(device=jacobian.device, dtype=jacobian.dtype) @ jacobian
     elif direction.untyped_storage().data_ptr() == jacobian.untyped_storage().data_ptr():
         direction = direction.clone()
-    return replace(combination, direction=direction)
+    return replace(combination, direction=direction.to(jacobian.dtype))
 
 
 def asks_for_rows(needs: frozenset[str]) -> bool:
-    """Whether a method that needs this looks at gradients, so that a rank's part of each will not do.
+    """Return whether a method that needs this looks at gradients, so that a rank's part of each will not do.
 
     Example:
         >>> asks_for_rows(frozenset({"gramian"})), asks_for_rows(frozenset({"gramian", "jacobian"}))
@@ -123,19 +152,8 @@ def asks_for_rows(needs: frozenset[str]) -> bool:
     return not needs <= _NUMBERS
 
 
-def of_first_rank(combination: Combination, step: Prepared) -> Combination:
-    """On several processes the weights of the first: each solves the same problem, but on a machine of its own.
-
-    Args:
-        combination: what the method of this process decided.
-        step: on a single process the combination is given back as it is.
-
-    Example:
-        >>> from detente.autograd.partition import Partition
-        >>> alone = Prepared(("a",), [torch.ones(())], Partition((), (), ((),)))
-        >>> of_first_rank(Combination(weights=torch.ones(1, dtype=torch.float64)), alone).weights
-        tensor([1.], dtype=torch.float64)
-    """
+def of_first_rank(combination: Combination, step: Step) -> Combination:
+    """Return on several processes the weights of the first: each solves the same problem, on a machine of its own."""
     if step.reduction is None:
         return combination
     ranks, device = step.reduction.ranks, step.losses[0].device
@@ -145,3 +163,43 @@ def of_first_rank(combination: Combination, step: Prepared) -> Combination:
         if (values := getattr(combination, name)) is not None
     }
     return replace(combination, **changes)
+
+
+def decide(method: Method, taken: Taken) -> Combination:
+    """Let a method combine the task gradients of a step, on several processes all alike.
+
+    Raises:
+        ValueError: the method rejects the input.
+        GradientNotFinite: what it found is not finite.
+    """
+    step = taken.step
+    if step.outside:
+        method.bind(step.names)  # also those of which it sees nothing
+    combination = of_first_rank(method.combine(taken.gradients), step)
+    check_result(method, combination)
+    return combination
+
+
+def check_result(method: Method, combination: Combination) -> None:
+    """Check that what a method found is finite.
+
+    Raises:
+        GradientNotFinite: it is not; the method is named.
+    """
+    numbers = (combination.weights, combination.block_weights, combination.transform)
+    sound = all(one is None or np.isfinite(one.numpy()).all() for one in numbers)
+    direction = combination.direction
+    if sound and direction is not None and combination.status == "ok":
+        (probed,) = to_host([probes([direction])])
+        sound = bool(finite([direction], probed).all())
+    if not sound:
+        raise GradientNotFinite(not_finite(method))
+
+
+def not_finite(method: Method) -> str:
+    """Return the message about a direction that is not finite."""
+    return (
+        f"the direction of {method.declares.name} is not finite (NaN or Inf) although every gradient is: some number "
+        "in it is out of the range of its type. Nothing was changed. Keep losses and shared parameters in float32, or "
+        "multiply all losses by a smaller constant."
+    )

@@ -6,36 +6,91 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
+import torch
+
+from detente.autograd.engine import Taken
 from detente.diagnostics.conflict import measure_altered, measure_conflict
 from detente.methods.base import Method
 from detente.methods.registry import info_of
-from detente.values import Combination, StepRecord, TaskGradients
+from detente.values import Combination, StepRecord
+
+LOW = "memory='low': task gradients were taken in {} and not kept"
+# A residual above this is told: the rounding of a solver is below it.
+RESIDUAL = 1e-10
 
 
-def record_of(gradients: TaskGradients, combination: Combination) -> StepRecord:
-    """A step in plain numbers, from what a method saw and what it decided.
+def record_of(taken: Taken, combination: Combination) -> StepRecord:
+    """Put a step in plain numbers, from what a method saw and what it decided.
 
     ``seconds`` is left at zero: whoever calls knows how long the step took.
     """
-    assert gradients.gramian is not None and gradients.losses is not None
+    gradients, step = taken.gradients, taken.step
+    assert gradients.gramian is not None
     transform = None if combination.transform is None else combination.transform.numpy()
+    raw = measure_conflict(gradients.gramian)
+    outside = step.outside
     return StepRecord(
-        names=gradients.names,
-        losses=tuple(gradients.losses.tolist()),
-        weights=None if combination.weights is None else tuple(combination.weights.tolist()),
+        names=step.names,
+        losses=tuple(taken.losses.tolist()),
+        weights=_weights(taken, combination),
         status=combination.status,
         space=gradients.space,
-        raw=measure_conflict(gradients.gramian),
+        raw=raw,
         altered=None if transform is None else measure_altered(gradients.gramian, transform),
         kept_rank=combination.kept_rank,
-        dropped=combination.dropped,
-        notes=combination.notes,
+        dropped=(*outside, *combination.dropped) if outside else combination.dropped,
+        notes=_notes(taken, combination, raw.norms),
+        residual=combination.residual,
     )
+
+
+def _weights(taken: Taken, combination: Combination) -> tuple[float | None, ...]:
+    """Return one weight for each task of the step, None for one that has none."""
+    step = taken.step
+    found: list[float | None] = [None] * len(step.names)
+    if combination.weights is not None:
+        for task, weight in zip(step.inside, combination.weights.tolist(), strict=True):
+            found[task] = weight
+    return tuple(found)
+
+
+def _notes(taken: Taken, combination: Combination, norms: tuple[float, ...]) -> tuple[str, ...]:
+    """Return the method's notes, and what else is to be known of the step."""
+    notes, roles = combination.notes, taken.step.roles
+    for name in taken.step.outside:
+        notes = (
+            *notes,
+            f"task {name!r} reaches no shared parameter: it is left out of the shared problem, and its own parameters "
+            "take their plain gradient",
+        )
+    if roles.left_out:
+        leaf = roles.left_out[0]
+        notes = (
+            *notes,
+            f"{len(roles.left_out)} leaf tensors that are no parameters (the first has shape {tuple(leaf.shape)}) are "
+            "left out of the shared problem and take the gradient of the plain sum; name them in shared= to include "
+            "them",
+        )
+    if roles.apart:
+        notes = (*notes, "every task has a representation of its own: no conflict can be seen there")
+    if combination.status != "ok" and 0.0 in norms:
+        name = taken.gradients.names[norms.index(0.0)]
+        notes = (*notes, f"the gradient of task {name!r} is zero, which made the step {combination.status}")
+    if combination.residual is not None and combination.residual > RESIDUAL:
+        notes = (
+            *notes,
+            f"the weights miss the conditions of the method's problem by {combination.residual:.1g} (relative): the "
+            "task gradients are too nearly dependent for more",
+        )
+    segments = getattr(taken.walked, "segments", None)
+    if segments is not None:
+        notes = (*notes, LOW.format(f"{segments} segment" if segments == 1 else f"{segments} segments"))
+    return notes
 
 
 @contextmanager
 def undone_on_failure(method: Method) -> Iterator[None]:
-    """Whatever fails inside, the method knows afterwards what it knew before.
+    """Give the method back what it knew before, whatever fails inside.
 
     The whole state of a stateful method is copied for that.
     """
@@ -50,5 +105,19 @@ def undone_on_failure(method: Method) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         if state is not None:
+            awaited = method.awaited
             method.load_state_dict(state)
+            method.awaited = awaited
         raise
+
+
+def large_state(method: Method) -> bool:
+    """Return whether a copy of the method's state would cost something: it has the size of the parameters."""
+    return any(buffer is not None and buffer.numel() > 1 << 16 for buffer in method.buffers())
+
+
+def lengths_of(gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return the length of gradients of several parameters together, a float64 scalar on their device."""
+    lengths = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for _, g in gradients])
+    length: torch.Tensor = torch.linalg.vector_norm(lengths)
+    return length

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-
+from detente.autograd import engine
+from detente.autograd.engine import Taken, full_precision
 from detente.autograd.losses import Losses
-from detente.autograd.measure import Taken, measure_gradients
-from detente.autograd.partition import Memory, Parameters
 from detente.autograd.ranks import ProcessGroup, ranks_of
-from detente.autograd.reduce import Samples, prepare
-from detente.autograd.take import take
-from detente.autograd.where import Where
-
-Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None
-MemoryMode = Literal["fast", "batched", "low"]
+from detente.autograd.reduction import Samples
+from detente.autograd.roles import Memory, Named, Parameters
+from detente.autograd.step import Mode, Request, prepare
+from detente.step.backward import Features
 
 
 def task_gradients(
@@ -26,7 +22,7 @@ def task_gradients(
     shared: Parameters | None = None,
     task_specific: Parameters | Mapping[str, Any] | None = None,
     solve_on: Parameters | None = None,
-    memory: MemoryMode = "fast",
+    memory: Mode = "fast",
     retain_graph: bool = False,
     blocks: bool = False,
     workspace: Memory | None = None,
@@ -59,16 +55,15 @@ def task_gradients(
         raise ValueError(
             "memory='low' keeps no task gradients; use memory='fast' here, or backward(), which needs none."
         )
-    where = Where.given(features, shared, task_specific, solve_on)
-    workspace = Memory() if workspace is None else workspace
-    step = prepare(losses, where, workspace, ranks_of(process_group), samples=samples)
-    graph = take(
-        step,
-        where,
-        workspace,
-        retain_graph=retain_graph,
-        mode=memory,
-        activations=True,
+    needs = frozenset({"gramian", "jacobian", "activations", *(["blocks"] if blocks else [])})
+    request = Request(
+        Named.read(features, shared, task_specific, solve_on),
+        needs,
+        memory,
         whole=True,
+        retain_graph=retain_graph,
+        samples=samples,
     )
-    return None if graph is None else measure_gradients(step.names, graph, blocks=blocks)
+    with full_precision():
+        step = prepare(losses, request, workspace or Memory(), ranks_of(process_group))
+        return engine.task_gradients(step)

@@ -1,0 +1,254 @@
+"""Gradients of each task with respect to a shared representation: the upper bound.
+
+Every head is walked once. The method is solved on the gradients of the whole batch's representation, and one
+backward carries the result through the encoder, whatever the number of tasks (Sener & Koltun 2018, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from detente.autograd.graph import gradient_edge, walk
+from detente.autograd.jacobian import Pass, reached_own
+from detente.autograd.layout import Gradients, Layout, gradients_of, present
+from detente.autograd.step import Step
+
+
+@dataclass(frozen=True)
+class FeaturesPass(Pass):
+    """Hold task gradients with respect to the representation.
+
+    Attributes:
+        used: for each tensor of the representation whether some loss has a gradient for it; what lies behind the others
+            is left alone.
+        direct: for each task the gradients of shared parameters that its loss reaches past the representation
+            (a skip connection, a tied weight, a layer several heads use); weighted like the rest.
+        plain: gradients of leaves behind the representation that are no parameters, for the plain sum of the losses.
+        mine: positions of this rank's columns where the Jacobian is that of the whole batch.
+    """
+
+    used: Sequence[bool] = field(kw_only=True)
+    direct: tuple[Gradients, ...] = field(kw_only=True)
+    plain: Gradients = field(kw_only=True)
+    mine: torch.Tensor | None = field(default=None, kw_only=True)
+
+    def carry(self, direction: torch.Tensor | None, weights: torch.Tensor | None) -> Gradients:
+        """Take one backward through the encoder, and add the weighted gradients that bypass the representation."""
+        step, encoder = self.step, self.step.roles.encoder
+        if direction is None:
+            assert weights is not None
+            direction = self.by_weights(weights)
+        if self.mine is not None:
+            direction = direction[self.mine]
+        found = _behind(step, self.used, self.scaled(direction), encoder, retain_graph=step.retain_graph)
+        total = dict(found)
+        if any(self.direct):
+            if weights is None:
+                raise ValueError(
+                    "some shared parameters are reached past features=, and this method gives no weights to combine "
+                    "their gradients by. Pass every tensor by which the heads depend on shared parameters."
+                )
+            for row, task in enumerate(step.inside):
+                for tensor, gradient in self.direct[task]:
+                    part = gradient * weights[row].to(device=gradient.device, dtype=gradient.dtype)
+                    total[tensor] = total[tensor] + part if tensor in total else part
+        return list(total.items())
+
+
+def features_pass(step: Step) -> FeaturesPass:
+    """Take the gradients of T losses with respect to the representation [T, P] and to each task's own parameters.
+
+    With several features the gradient with respect to each holds the others fixed, also where one is computed
+    from another. The Jacobian of a representation in half precision is kept in float32.
+    """
+    roles = step.roles
+    layout = Layout(roles.on)
+    like = layout.like
+    if like.dtype.itemsize < 4:
+        like = like.to(torch.float32)
+    jacobian = step.memory.buffer(len(step.inside), layout.columns, like)
+    branches = step.request.named.branches
+    with _stopped_at(roles.on) if roles.stopped and branches is None else nullcontext(), step.recomputation:
+        if branches is not None and not roles.entwined:
+            used, own, direct = _at_once(step, layout, jacobian)
+        else:
+            used, own, direct = _head_by_head(step, layout, jacobian)
+    if step.factor is not None:
+        jacobian.mul_((1 / step.factor).to(device=jacobian.device, dtype=jacobian.dtype))
+    activations = None
+    if "activations" in step.request.needs:
+        activations = torch.empty_like(jacobian[0])
+        layout.write(activations, [feature.detach() for feature in roles.on])
+    reached = frozenset(_reached(step, used, own, direct)) if step.reduction is not None else frozenset()
+    plain: Gradients = []
+    behind = [leaf for leaf in roles.left_out if leaf not in {t for task in own for t, _ in task}]
+    if behind:
+        total = jacobian.sum(dim=0) if step.factor is None else jacobian.sum(dim=0) * step.factor.to(jacobian)
+        plain = _behind(step, used, total, behind, retain_graph=True)
+    found = FeaturesPass(
+        step,
+        jacobian,
+        own,
+        reached=reached,
+        partial=step.reduction is not None,
+        activations=activations,
+        used=used,
+        direct=direct,
+        plain=plain,
+    )
+    return gathered(found) if step.reduction is not None and step.whole else found
+
+
+def _head_by_head(
+    step: Step, layout: Layout, jacobian: torch.Tensor
+) -> tuple[list[bool], tuple[Gradients, ...], tuple[Gradients, ...]]:
+    """Ask autograd once per task; a task's gradient with respect to the representation is that of all its branches."""
+    roles, branches = step.roles, step.request.named.branches
+    count, row, last = len(roles.on), 0, len(step.scaled) - 1
+    used = [False] * count
+    own: list[Gradients] = []
+    direct: list[Gradients] = []
+    read: Sequence[torch.Tensor] = roles.on
+    if branches is not None:
+        read = [part for name in branches for part in branches.parts(name)]
+    for task, loss in enumerate(step.scaled):
+        past, mine = _past(step, task), roles.own[task]
+        keep = step.retain_graph or roles.stopped or (roles.entwined and task < last)
+        found = gradients_of([loss], [*read, *past, *mine], None, retain_graph=keep)
+        parts = _folded(found[: len(read)], count)
+        if task in step.inside:
+            layout.write(jacobian[row], parts)
+            row += 1
+        used = [before or g is not None for before, g in zip(used, parts, strict=True)]
+        direct.append(present(past, found[len(read) : len(read) + len(past)]))
+        own.append(present(mine, found[len(read) + len(past) :]))
+        step.recomputation.next()
+    return used, tuple(own), tuple(direct)
+
+
+def _folded(gradients: Sequence[torch.Tensor | None], count: int) -> list[torch.Tensor | None]:
+    """Add up the gradients of several branches, ``count`` tensors each."""
+    total = list(gradients[:count])
+    for place, gradient in enumerate(gradients[count:]):
+        held = total[place % count]
+        total[place % count] = gradient if held is None else held if gradient is None else held + gradient
+    return total
+
+
+def _at_once(
+    step: Step, layout: Layout, jacobian: torch.Tensor
+) -> tuple[list[bool], tuple[Gradients, ...], tuple[Gradients, ...]]:
+    """Ask autograd once for all tasks: no node serves two of them, so that their gradients stay apart by themselves."""
+    roles, branches = step.roles, step.request.named.branches
+    assert branches is not None
+    count = len(roles.on)
+    inputs: list[torch.Tensor] = []
+    for name in step.names:
+        inputs += [part for part in branches.parts(name) if part.requires_grad]
+    start = len(inputs)
+    for mine in roles.own:
+        inputs += mine
+    found = gradients_of(step.scaled, inputs, None, retain_graph=step.retain_graph)
+    used = [False] * count
+    own: list[Gradients] = []
+    place, row = 0, 0
+    for task, name in enumerate(step.names):
+        parts: list[torch.Tensor | None] = [None] * count
+        for number, part in enumerate(branches.parts(name)):
+            if part.requires_grad:
+                parts[number] = found[place]
+                used[number] = used[number] or found[place] is not None
+                place += 1
+        if task in step.inside:
+            layout.write(jacobian[row], parts)
+            row += 1
+        mine = roles.own[task]
+        own.append(present(mine, found[start : start + len(mine)]))
+        start += len(mine)
+    step.recomputation.next()
+    return used, tuple(own), ((),) * len(step.names)  # type: ignore[return-value]
+
+
+def _past(step: Step, task: int) -> list[torch.Tensor]:
+    """Return the shared parameters that a task's loss reaches past the representation."""
+    return [leaf for leaf, mask in step.roles.past if mask >> task & 1]
+
+
+def _behind(
+    step: Step,
+    used: Sequence[bool],
+    direction: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+    *,
+    retain_graph: bool,
+) -> Gradients:
+    """Carry a direction [P] of the representation back to leaves behind it, in one backward."""
+    features = step.roles.on
+    pieces = Layout(features).split(direction)
+    outputs = [feature for feature, one in zip(features, used, strict=True) if one]
+    seeds = [piece for piece, one in zip(pieces, used, strict=True) if one]
+    with step.recomputation:
+        return present(leaves, gradients_of(outputs, leaves, seeds, retain_graph=retain_graph))
+
+
+def _reached(
+    step: Step, used: Sequence[bool], own: Sequence[Gradients], direct: Sequence[Gradients]
+) -> set[torch.Tensor]:
+    """Return parameters that some loss of this rank has a gradient for; what lies behind an unused feature has none."""
+    behind = set(step.roles.encoder)
+    if not all(used):
+        reading = [feature for feature, one in zip(step.roles.on, used, strict=True) if one]
+        behind &= walk(reading).leaves.keys()
+    return behind | reached_own([*direct, *own])
+
+
+@contextmanager
+def _stopped_at(features: Sequence[torch.Tensor]) -> Iterator[None]:
+    """While this lasts no gradient flows behind a feature: into the encoder, or into another feature."""
+    handles = []
+    for feature in features:
+        node, number = gradient_edge(feature)
+
+        def block(
+            gradients: tuple[torch.Tensor, ...], number: int = number
+        ) -> tuple[torch.Tensor | None, ...]:
+            return tuple(None if position == number else g for position, g in enumerate(gradients))
+
+        handles.append(node.register_prehook(block))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gathered(found: FeaturesPass) -> FeaturesPass:
+    """Return the pass with the columns of the whole batch, for every tensor in rank order, in place of this rank's."""
+    step, jacobian = found.step, found.jacobian
+    assert jacobian is not None and step.reduction is not None
+    ranks = step.reduction.ranks
+    widths = Layout(step.roles.on).widths
+    table = ranks.numbers([float(width) for width in widths], jacobian.device).astype(int)
+    held = [jacobian] if found.activations is None else [jacobian, found.activations[None]]
+    mine: list[torch.Tensor] = []
+    wholes: list[list[torch.Tensor]] = [[] for _ in held]
+    start = first = 0
+    for place, width in enumerate(widths):
+        longest = int(table[:, place].max())
+        for kept, whole in zip(held, wholes, strict=True):
+            sent = kept.new_zeros(len(kept), longest)
+            sent[:, :width] = kept[:, start : start + width]
+            received = ranks.gather(sent.reshape(-1)).view(ranks.size, len(kept), longest)
+            whole += [part[:, : int(table[rank, place])] for rank, part in enumerate(received)]
+        before = int(table[: ranks.rank, place].sum())
+        mine.append(torch.arange(first + before, first + before + width, device=jacobian.device))
+        start, first = start + width, first + int(table[:, place].sum())
+    changes: dict[str, Any] = {"jacobian": torch.cat(wholes[0], dim=1), "mine": torch.cat(mine), "partial": False}
+    if found.activations is not None:
+        changes["activations"] = torch.cat(wholes[1], dim=1)[0]
+    return replace(found, **changes)

@@ -1,0 +1,241 @@
+"""The autograd graph between losses and leaves: which losses reach a leaf, and how surely.
+
+One walk settles it for all tasks: every node carries a bit mask of the losses that reach it. What a node does with a
+gradient is not part of the graph, so that behind a node that packs several tasks into one tensor (a concatenation, a
+stack, a compiled model) every loss seems to reach every head. Such leaves are told apart from those that are reached
+for certain; `roles` decides what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node, get_gradient_edge
+
+Edge: TypeAlias = tuple[Node, int]
+
+_ACCUMULATE: Any = torch._C._functions.AccumulateGrad  # the class of the nodes of leaves
+
+# What a class of nodes may do to tasks that share a tensor.
+_SELECTS = 1  # takes some entries of its input: losses that meet behind it may use different ones
+_PACKS = 2  # sends parts of a gradient different ways
+_ROUTES = 4  # may send the gradients of its outputs different ways
+_STACKS = 8  # packs whole tensors
+
+_SELECTING = (
+    "Select", "Slice", "Index", "Narrow", "Gather", "Take", "MaskedSelect", "AsStrided", "Diagonal", "Unfold",
+    "AliasBackward", "NestedSelect", "ValuesBackward",
+)  # fmt: skip
+_SPLITTING = ("Unbind", "Split", "Chunk", "UnsafeSplit", "TensorSplit", "UnsafeChunk")
+_PACKING = (
+    "CopySlices", "IndexPut", "IndexCopy", "IndexAdd", "IndexFill", "Where", "Scatter", "SelectScatter", "SliceScatter",
+    "DiagonalScatter", "MaskedScatter", "ConstantPad", "Put", "BlockDiag", "NestedTensor",
+)  # fmt: skip
+_STACKING = ("Cat", "Stack")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Hold what a walk from T roots found.
+
+    Attributes:
+        leaves: leaf tensors that require a gradient, in the order in which the forward pass first used them, each
+            with the bit mask of the roots that reach it.
+        stops: the edges where the walk stopped, each with the bit mask of the roots that reach it.
+        overlap: True if two roots reach a common node before any stop, so that their graphs must be freed together.
+        unsure: leaves that two or more roots seem to reach, and not two for certain, each with the bit mask of those
+            that do for certain: they lie behind a node that packs several tasks.
+        certain: the roots that reach a stop for certain, as a bit mask; -1 where nothing is packed.
+    """
+
+    leaves: dict[torch.Tensor, int]
+    stops: dict[Edge, int]
+    overlap: bool
+    unsure: dict[torch.Tensor, int] = field(default_factory=dict)
+    certain: int = -1
+
+
+def gradient_edge(tensor: torch.Tensor) -> Edge:
+    """Return the node and output number of the graph that produced ``tensor``."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
+    """Follow the graph from ``roots`` to its leaves, not beyond ``stops``.
+
+    Args:
+        roots: tensors; one without a graph reaches nothing (its task is absent here).
+        stops: edges to stop at.
+
+    Raises:
+        ValueError: the graph holds reentrant activation checkpointing.
+    """
+    barrier = frozenset(stops)
+    masks: dict[Node, int] = {}
+    stopped: dict[Edge, int] = {}
+    entered: dict[Edge, int] = {}
+    for bit, root in enumerate(roots):
+        if not root.requires_grad:
+            continue
+        edge = gradient_edge(root)
+        if edge in barrier:
+            stopped[edge] = stopped.get(edge, 0) | 1 << bit
+            continue
+        masks[edge[0]] = masks.get(edge[0], 0) | 1 << bit
+        entered[edge] = entered.get(edge, 0) | 1 << bit
+
+    # First pass: every inner node once, and the order in which they were left, children before parents. It runs in
+    # every step over thousands of nodes: one look at each edge, and at each class of nodes.
+    edges_of: dict[Node, tuple[Any, ...]] = {}
+    left: dict[Node, None] = {}
+    leaves: dict[Node, torch.Tensor] = {}
+    used: dict[Node, tuple[int, int]] = {}  # when the forward pass first used each leaf
+    kinds: dict[type, int] = {}
+    seen = 0
+    todo = []
+    for node in masks:
+        if type(node) is _ACCUMULATE:
+            leaves[node] = node.variable  # type: ignore[attr-defined]
+        else:
+            todo.append(node)
+    while todo:
+        node = todo[-1]
+        if node in edges_of:
+            left[todo.pop()] = None
+            continue
+        if (kind := type(node)) not in kinds:
+            seen |= _kind(kinds, kind)
+        edges: tuple[Any, ...] = node.next_functions
+        edges_of[node] = edges
+        for edge in edges:
+            child = edge[0]
+            if child is None or child in edges_of or (barrier and edge in barrier):
+                continue
+            if type(child) is _ACCUMULATE:
+                use = (node._sequence_nr(), edges.index(edge))
+                if child not in leaves:
+                    leaves[child] = child.variable
+                if use < used.get(child, (use[0] + 1, 0)):
+                    used[child] = use
+            else:
+                todo.append(child)
+
+    # Second pass, parents before children: hand the masks down.
+    order = [*reversed(left)]
+    overlap = False
+    for node in order:
+        mask = masks[node]
+        overlap = overlap or mask & (mask - 1) != 0
+        for edge in edges_of[node]:
+            child = edge[0]
+            if child is None:
+                continue
+            if barrier and edge in barrier:
+                stopped[edge] = stopped.get(edge, 0) | mask
+            else:
+                masks[child] = masks.get(child, 0) | mask
+    unsure: dict[torch.Tensor, int] = {}
+    certain = -1
+    if overlap and seen & (_PACKS | _STACKS):
+        found_unsure, certain = _Graph(order, edges_of, masks, kinds, barrier).unsure(leaves, entered)
+        unsure = {leaves[node]: mask for node, mask in found_unsure.items()}
+    found: dict[torch.Tensor, int] = {}
+    for node in sorted(leaves, key=lambda node: used.get(node, (0, 0))):
+        found[leaves[node]] = masks[node]
+    return Walk(found, stopped, overlap, unsure, certain)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Hold the nodes of a walk, parents first, with their edges, the masks of the roots, and what their classes do."""
+
+    order: list[Node]
+    edges_of: dict[Node, tuple[Any, ...]]
+    masks: dict[Node, int]
+    kinds: dict[type, int]
+    barrier: frozenset[Edge]
+
+    def unsure(
+        self, leaves: dict[Node, torch.Tensor], entered: dict[Edge, int]
+    ) -> tuple[dict[Node, int], int]:
+        """Return the leaves that two roots reach, but no two without passing a node that may keep them apart.
+
+        Each comes with the roots that reach it for certain; beside them the roots that reach a stop for certain.
+
+        Roots are kept apart where they use different entries (or outputs) of one tensor and a node at or behind it
+        sends those entries different ways.
+        """
+        masks, kinds = self.masks, self.kinds
+        certain: dict[Node, int] = {}
+        outputs: dict[Node, dict[int, int]] = {}  # of a node that routes: by which output which roots enter it
+        for (node, number), mask in entered.items():
+            certain[node] = certain.get(node, 0) | mask
+            outputs.setdefault(node, {})[number] = mask
+        parted: set[Node] = set()
+        stops = 0
+        for node in self.order:
+            mask, kind = masks[node], kinds[type(node)]
+            several = mask & (mask - 1) != 0
+            apart = node in parted
+            if several and kind & _ROUTES and not apart:
+                apart = any(part != mask for part in outputs[node].values())
+            packed = several and (
+                (apart and kind & (_PACKS | _STACKS)) or (kind & _STACKS and _of_scalars(node))
+            )
+            for edge in self.edges_of[node]:
+                child, sure = edge[0], 0 if packed else certain.get(node, 0)
+                if child is None:
+                    continue
+                if edge in self.barrier:
+                    stops |= sure
+                    continue
+                certain[child] = certain.get(child, 0) | sure
+                if apart or (kind & _SELECTS and masks[child] != mask):
+                    parted.add(child)
+                if kinds.get(type(child), 0) & _ROUTES:
+                    into = outputs.setdefault(child, {})
+                    into[edge[1]] = into.get(edge[1], 0) | mask
+        found = {}
+        for node in leaves:
+            mask, sure = masks[node], certain.get(node, 0)
+            if mask & (mask - 1) and not sure & (sure - 1):
+                found[node] = sure
+        return found, stops
+
+
+def _of_scalars(node: Any) -> bool:
+    """Return whether a stack or concatenation makes a vector: most likely one entry for each task."""
+    return all(len(entry.shape) <= 1 for entry in node._input_metadata)
+
+
+def _kind(kinds: dict[type, int], kind: type) -> int:
+    """Note what nodes of this class may do, and return it.
+
+    Raises:
+        ValueError: they hold reentrant activation checkpointing.
+    """
+    name = kind.__name__  # node.name() may be hidden by what a function keeps in its context
+    if name.startswith("CheckpointFunction"):
+        raise ValueError(
+            "the graph holds reentrant activation checkpointing, which task gradients cannot pass; "
+            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
+    flags = 0
+    if issubclass(kind, BackwardCFunction) or not name.endswith(tuple("0123456789")):
+        # Compiled, scripted, or written by hand: what it does inside cannot be seen. (CopySlices is one of these.)
+        flags = _PACKS | _ROUTES
+    elif name.startswith(_STACKING):
+        flags = _STACKS
+    elif name.startswith(_PACKING):
+        flags = _PACKS
+    elif name.startswith(_SPLITTING):
+        flags = _ROUTES
+    elif name.startswith(_SELECTING):
+        flags = _SELECTS
+    kinds[kind] = flags
+    return flags

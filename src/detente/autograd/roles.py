@@ -1,0 +1,613 @@
+"""Who owns what in one step, and where the problem is solved.
+
+A leaf that two or more losses reach is shared; one that a single loss reaches is that task's own. What the graph leaves
+open (parameters behind a node that packs several tasks) the gradients decide, once they are there: see :func:`settle`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from detente.autograd.branches import Branches, is_branch
+from detente.autograd.graph import Edge, Walk, gradient_edge, walk
+from detente.autograd.ranks import Ranks
+from detente.values import Space
+
+Parameters: TypeAlias = torch.Tensor | nn.Module | Iterable["torch.Tensor | nn.Module"]
+Tensors: TypeAlias = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Hold what a caller names, as flat tuples of tensors; None where it was left open.
+
+    Attributes:
+        features: the representation, where the problem is solved on it.
+        shared, task_specific: parameters by their role.
+        solve_on: shared parameters to solve on.
+        branches: the branches of the representation that the heads read, if they read branches.
+    """
+
+    features: Tensors | None = None
+    shared: Tensors | None = None
+    task_specific: Tensors | None = None
+    solve_on: Tensors | None = None
+    branches: Branches | None = None
+
+    @classmethod
+    def read(
+        cls, features: Any = None, shared: Any = None, task_specific: Any = None, solve_on: Any = None
+    ) -> Named:
+        """Read every iterable exactly once: some are generators.
+
+        Raises:
+            ValueError: features and solve_on are both given, or one of them is empty.
+            TypeError: an entry is neither a tensor nor a module; the option is named.
+        """
+        if features is None and shared is None and task_specific is None and solve_on is None:
+            return _NOTHING
+        if features is not None and solve_on is not None:
+            raise ValueError("give features= or solve_on=, not both: each names where the problem is solved.")
+        branches = features if isinstance(features, Branches) else None
+        found = [
+            None if value is None else as_tensors(value, name)
+            for name, value in (
+                ("features", features if branches is None else branches.features),
+                ("shared", shared),
+                ("task_specific", task_specific),
+                ("solve_on", solve_on),
+            )
+        ]
+        for name, value in (("features", found[0]), ("solve_on", found[3])):
+            if value == ():
+                raise ValueError(f"{name}= is empty; name at least one tensor, or leave it out.")
+        return cls(found[0], found[1], found[2], found[3], branches)
+
+    @property
+    def roles(self) -> bool:
+        """Whether parameters were named by their role, so that nothing is discovered."""
+        return self.shared is not None or self.task_specific is not None
+
+
+_NOTHING = Named()
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Hold who owns what for T losses, and where their problem is solved.
+
+    Attributes:
+        space: ``exact`` (on all shared parameters), ``layer`` or ``features``.
+        shared: the shared parameters, in a stable order; those that the gradients are to decide about come last.
+        reached: for each shared parameter the bit mask of the losses that reach it (0: none does in this step).
+        own: for each task the parameters that take the plain gradient of its loss.
+        on: what the problem is solved on, where that is not ``shared``: the features or the layer.
+        unsure: how many of the last shared parameters the gradients are to decide about; see :func:`settle`.
+        certain: mask of the losses that reach a shared parameter (on features: the representation) for certain, without
+            passing a node that packs several tasks.
+        left_out: leaves that are no parameters and that several losses reach: they take the gradient of the plain sum.
+        encoder: on features, the shared parameters behind them.
+        past: on features, the shared parameters that losses (also) reach past them, each with the mask of those.
+        stopped: on features, True if gradients must be stopped there by hand: one feature is computed from another, or
+            a loss also reaches past them what lies behind them. Autograd would carry the rest of the way on, and the
+            encoder's part would count twice.
+        entwined: on features, True if the graphs of two heads have nodes in common.
+        apart: on features, True if every task has a representation of its own, so that no conflict can be seen there.
+    """
+
+    space: Space
+    shared: Tensors
+    reached: tuple[int, ...]
+    own: tuple[Tensors, ...]
+    on: Tensors = ()
+    unsure: int = 0
+    certain: int = -1
+    left_out: Tensors = ()
+    encoder: Tensors = ()
+    past: tuple[tuple[torch.Tensor, int], ...] = ()
+    stopped: bool = False
+    entwined: bool = False
+    apart: bool = False
+
+    @property
+    def tasks(self) -> int:
+        """Mask of the losses that reach a shared parameter."""
+        mask = 0
+        for one in self.reached:
+            mask |= one
+        return mask
+
+    def of_tasks(self, tasks: Sequence[int]) -> Roles:
+        """Return the roles for some of the losses, by their positions."""
+        if list(tasks) == list(range(len(self.own))):
+            return self
+        reached = tuple(_picked(mask, tasks) for mask in self.reached)
+        certain = -1 if self.certain < 0 else _picked(self.certain, tasks)
+        past = tuple((leaf, _picked(mask, tasks)) for leaf, mask in self.past)
+        own = tuple(self.own[task] for task in tasks)
+        return replace(self, reached=reached, own=own, past=past, certain=certain)
+
+
+def _picked(mask: int, tasks: Sequence[int]) -> int:
+    """Return the bits of some tasks, by their positions, side by side."""
+    return sum((mask >> task & 1) << place for place, task in enumerate(tasks))
+
+
+class Memory:
+    """Keep what the engine remembers from one step of a method to the next: roles seen so far, and one buffer.
+
+    A parameter that was shared once stays shared, so that a batch in which some task is absent does not turn it
+    into the own parameter of another task. References are weak; the memory is never saved or copied: a method that was
+    loaded (or copied) begins with a batch of all its tasks, ``awaited``, where shared parameters are discovered.
+
+    Attributes:
+        tasks, ranks: on several processes the names of all tasks, and the processes.
+        awaited: the tasks of a loaded state, until parameters are shared again.
+        evidence: for parameters that the graph leaves open, the tasks under which their gradient was seen not to be
+            zero, and those whose gradient could have told.
+        moved: tasks whose gradient of what is shared was seen not to be zero, where the graph leaves that open.
+        witness: an optimizer of a single number, for gradient scalers.
+    """
+
+    def __init__(self) -> None:
+        self._shared: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._own: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._keys: Any = WeakIdKeyDictionary()
+        self._buffer: torch.Tensor | None = None
+        self.tasks: tuple[str, ...] | None = None
+        self.ranks: Ranks | None = None
+        self.awaited: tuple[str, ...] | None = None
+        self.evidence: Any = WeakIdKeyDictionary()
+        self.moved: set[str] = set()
+        self.witness: torch.optim.Optimizer | None = None
+
+    @classmethod
+    def of(cls, method: Any) -> Memory:
+        """Return the memory that goes with a method from step to step; made on the first call."""
+        memory: Memory | None = method.__dict__.get("workspace")
+        awaited, method.awaited = method.awaited, None
+        if memory is None:
+            memory = method.__dict__["workspace"] = cls()
+            memory.awaited = awaited
+        elif memory._shared:  # a state was loaded in between, perhaps with another model
+            memory.awaited = awaited or memory.awaited
+        return memory
+
+    def check_awaited(self, names: Sequence[str], losses: Sequence[torch.Tensor]) -> None:
+        """Check, before shared parameters are discovered, that what was forgotten in saving can be found again.
+
+        Raises:
+            ValueError: nothing is remembered, and a task of the loaded state has no loss here; it is named.
+        """
+        if self.awaited is None:
+            return
+        if not self.shared():
+            present = {name for name, loss in zip(names, losses, strict=True) if loss.requires_grad}
+            absent = [name for name in self.awaited if name not in present]
+            if absent:
+                raise ValueError(
+                    f"this method goes on from a saved state, and task {absent[0]!r} is absent from its first batch, "
+                    "so which parameters are shared cannot be told. Name them with shared=, or begin with a batch of "
+                    "all tasks."
+                )
+        self.awaited = None
+
+    def shared(self) -> list[torch.Tensor]:
+        """Return the parameters shared so far that still exist, in the order they were found."""
+        return _alive(self._shared)
+
+    def remember(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Add parameters that were found to be shared."""
+        _add(self._shared, tensors)
+
+    def own(self) -> list[torch.Tensor]:
+        """Return the parameters of single tasks so far that still exist, in the order they were found."""
+        return _alive(self._own)
+
+    def remember_own(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Add parameters that were found to be a task's own."""
+        _add(self._own, tensors)
+
+    def keys(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """Return a number for each tensor that stays its own from step to step, in the order of first use."""
+        return tuple(self._keys.setdefault(tensor, len(self._keys)) for tensor in tensors)
+
+    def buffer(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+        """Return a [rows, columns] tensor of the dtype and device of ``like``, the memory of last time if it fits."""
+        held = self._buffer
+        fits = held is not None and held.dtype == like.dtype and held.device == like.device
+        if held is None or not fits or held.numel() < rows * columns:
+            self._buffer = None  # let go of the old memory before asking for the new
+            held = self._buffer = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+        return held[: rows * columns].view(rows, columns)
+
+
+def find_roles(
+    names: Sequence[str],
+    losses: Sequence[torch.Tensor],
+    named: Named,
+    memory: Memory,
+    *,
+    mode: str = "fast",
+    part: bool = False,
+) -> Roles:
+    """Find out who owns what.
+
+    Named parameters take precedence over discovery: with only ``shared`` named everything else a loss reaches is
+    its own, with only ``task_specific`` named everything else is shared, with both named nothing else is touched.
+
+    Args:
+        names, losses: of the T tasks.
+        named: what the caller named.
+        memory: of the method.
+        mode: ``low`` takes no task gradients that could decide what the graph leaves open.
+        part: these are one process's losses of several: the others may reach what these do not.
+
+    Raises:
+        ValueError: no loss reaches any of the named shared parameters, a parameter to solve on is not shared, the
+            representation carries no graph or a loss reads another, the graph leaves open what is shared where no
+            gradients can tell, or a method that was loaded lacks a task where shared parameters are discovered.
+    """
+    if not named.roles:
+        memory.check_awaited(names, losses)
+    if named.features is not None:
+        return _on_features(names, losses, named, memory)
+    seen = walk(losses)
+    _check_no_branch(seen)
+    leaves, left_out = seen.leaves, ()
+    open_ones: Sequence[torch.Tensor] = ()
+    if named.shared is not None:
+        chosen = trainable(named.shared)
+        if not part and leaves and not any(leaf in leaves for leaf in chosen):
+            check_reached(chosen)
+    elif named.task_specific is not None:
+        apart = set(named.task_specific)
+        chosen = [leaf for leaf in leaves if leaf not in apart]
+    else:
+        chosen, open_ones, left_out = _discover(seen, memory)
+        if open_ones and mode == "low":
+            raise ValueError(_open(open_ones, "memory='low' takes no task gradients"))
+    columns = (*chosen, *open_ones)
+    taken = {*columns, *left_out}
+    candidates = (
+        leaves if named.task_specific is None else [leaf for leaf in named.task_specific if leaf in leaves]
+    )
+    own = by_task({leaf: leaves[leaf] for leaf in candidates if leaf not in taken}, len(losses))
+    reached = tuple(leaves.get(leaf, 0) for leaf in columns)
+    if left_out:
+        own = _with_left_out(own, left_out, leaves)
+    certain = -1
+    if seen.unsure:
+        certain = 0
+        for leaf, mask in zip(columns, reached, strict=True):
+            certain |= seen.unsure.get(leaf, mask)
+    roles = Roles("exact", columns, reached, own, (), len(open_ones), certain, tuple(left_out))
+    if named.solve_on is not None:
+        if any(reached):
+            _check_layer(named.solve_on, columns)
+        roles = replace(roles, space="layer", on=named.solve_on)
+    return roles
+
+
+def _discover(
+    seen: Walk, memory: Memory
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Return the shared parameters, those left open (the likelier shared ones first), and leaves left out."""
+    met = [leaf for leaf, mask in seen.leaves.items() if mask & (mask - 1)]
+    left_out: list[torch.Tensor] = []
+    if not all(isinstance(leaf, nn.Parameter) for leaf in met):
+        parameters = [leaf for leaf in met if isinstance(leaf, nn.Parameter)]
+        if parameters:
+            left_out = [leaf for leaf in met if not isinstance(leaf, nn.Parameter)]
+            met = parameters
+    open_ones: list[torch.Tensor] = []
+    if seen.unsure:
+        known = {id(leaf) for leaf in memory.shared()}
+        open_ones = [leaf for leaf in met if leaf in seen.unsure and id(leaf) not in known]
+        undecided = {id(leaf) for leaf in open_ones}
+        met = [leaf for leaf in met if id(leaf) not in undecided]
+        open_ones.sort(key=lambda leaf: leaf in memory.evidence)
+    memory.remember(met)
+    return memory.shared(), open_ones, left_out
+
+
+def settle(
+    roles: Roles, names: Sequence[str], blocks: np.ndarray, alive: np.ndarray, memory: Memory
+) -> np.ndarray:
+    """Decide by the gradients which of the parameters left open are shared.
+
+    A head's gradient under another task's loss is exactly zero. A parameter seen non-zero under two tasks is shared,
+    from then on. A zero is evidence only where the task's loss had a gradient at all.
+
+    Args:
+        roles: with ``unsure`` parameters.
+        names: of the T tasks with rows.
+        blocks: [unsure, T] squared lengths of each task's gradient of each such parameter.
+        alive: [T] True where a task's gradient is not zero everywhere.
+        memory: what was seen before.
+
+    Returns:
+        [unsure] for each such parameter -1 if it is shared, else the row of the task whose own it is (any row, if its
+        gradient vanishes under every task).
+
+    Raises:
+        ValueError: a task without any gradient in this step has never had one, so that what is shared cannot be told.
+    """
+    found = np.zeros(len(blocks), dtype=np.int64)
+    first = len(roles.shared) - roles.unsure
+    shared: list[torch.Tensor] = []
+    doubtful: list[torch.Tensor] = []
+    fresh: list[tuple[torch.Tensor, tuple[frozenset[str], frozenset[str]]]] = []
+    for place, sizes in enumerate(blocks):
+        leaf, mask = roles.shared[first + place], roles.reached[first + place]
+        moved, told = memory.evidence.get(leaf, (frozenset(), frozenset()))
+        moved |= {name for name, size in zip(names, sizes, strict=True) if size > 0}
+        told |= {name for name, one in zip(names, alive, strict=True) if one}
+        fresh.append((leaf, (moved, told)))
+        if len(moved) > 1:
+            found[place] = -1
+            shared.append(leaf)
+            continue
+        if sizes.any():
+            found[place] = int(np.argmax(sizes > 0))
+        reaching = {name for row, name in enumerate(names) if mask >> row & 1}
+        if moved and not reaching <= told:
+            doubtful.append(leaf)
+    if doubtful:
+        raise ValueError(_open(doubtful, "a task's gradient is zero everywhere in this first step"))
+    for leaf, evidence in fresh:
+        memory.evidence[leaf] = evidence
+    memory.remember(shared)
+    return found
+
+
+def _on_features(
+    names: Sequence[str], losses: Sequence[torch.Tensor], named: Named, memory: Memory
+) -> Roles:
+    """Find the encoder behind the features and what the heads reach past it.
+
+    Parameters behind the features are shared, and so are parameters that two or more losses reach past them; the
+    others are own. Named parameters restrict both. A parameter behind the features cannot be a task's own: the one
+    backward through the encoder does not tell tasks apart.
+    """
+    assert named.features is not None
+    features, tasks = named.features, len(losses)
+    for position, feature in enumerate(features):
+        if not feature.requires_grad:
+            raise ValueError(
+                f"features[{position}] carries no graph: the encoder is frozen, or ran under torch.no_grad(). "
+                "Without features= the shared parameters are found from the losses."
+            )
+    edges = [gradient_edge(feature) for feature in features]
+    read = edges if named.branches is None else named.branches.edges()
+    heads = walk(losses, read)
+    if named.branches is None:
+        _check_no_branch(heads)
+    behind = [
+        walk([feature], [other for other in edges if other != edge])
+        for feature, edge in zip(features, edges, strict=True)
+    ]
+    encoder = list(dict.fromkeys(leaf for found in behind for leaf in found.leaves))
+    inside = set(encoder)
+    _check_reads(names, losses, heads, inside, named)
+    past, left_out = heads.leaves, []
+    met = [leaf for leaf, mask in past.items() if mask & (mask - 1)]
+    if named.shared is not None:
+        chosen = set(trainable(named.shared))
+        if chosen and past and not chosen & (inside | set(past)):
+            check_reached(list(chosen))
+    elif named.task_specific is not None:
+        chosen = (inside | set(past)) - set(named.task_specific)
+    else:
+        known = {id(leaf) for leaf in memory.shared()}
+        open_ones = [leaf for leaf in met if leaf in heads.unsure and leaf not in inside and id(leaf) not in known]
+        if open_ones:
+            raise ValueError(_open(open_ones, "with features= the heads' parameters take no task gradients"))
+        found = list(dict.fromkeys([*encoder, *met]))
+        if any(isinstance(leaf, nn.Parameter) for leaf in found):
+            left_out = [leaf for leaf in found if not isinstance(leaf, nn.Parameter)]
+            found = [leaf for leaf in found if isinstance(leaf, nn.Parameter)]
+        memory.remember(found)
+        chosen = set(memory.shared())
+    candidates = inside | set(past) if named.task_specific is None else set(named.task_specific)
+    apart = candidates - chosen - set(left_out)
+    misplaced = [leaf for leaf in encoder if leaf in apart]
+    if misplaced:
+        raise ValueError(
+            f"{len(misplaced)} parameters behind features= (the first has shape {tuple(misplaced[0].shape)}) would be "
+            "a task's own, but one backward through the encoder serves all tasks. Name them in shared=, leave "
+            "features= out, or name both shared= and task_specific= without them to leave them untouched."
+        )
+    everyone = (1 << tasks) - 1
+    depending = sum(1 << task for task in range(tasks) if _depends(heads, task))
+    masks = {leaf: depending or everyone for leaf in encoder if leaf in chosen}
+    for leaf, mask in past.items():
+        if leaf in chosen:
+            masks[leaf] = masks.get(leaf, 0) | mask
+    own = by_task({leaf: mask for leaf, mask in past.items() if leaf in apart}, tasks)
+    if left_out:
+        own = _with_left_out(own, [leaf for leaf in left_out if leaf in past], past)
+    return Roles(
+        "features",
+        tuple(masks),
+        tuple(masks.values()),
+        own,
+        on=features,
+        certain=heads.certain if heads.unsure else -1,
+        left_out=tuple(left_out),
+        encoder=tuple(leaf for leaf in encoder if leaf in chosen),
+        past=tuple((leaf, mask) for leaf, mask in past.items() if leaf in chosen),
+        stopped=any(found.stops for found in behind)
+        or (named.branches is None and any(leaf in inside for leaf in past if leaf in chosen)),
+        entwined=heads.overlap if named.branches is None else _cross(heads, named.branches, names),
+        apart=named.branches is None and tasks > 1 and _each_its_own(heads.stops),
+    )
+
+
+def _cross(heads: Walk, branches: Branches, names: Sequence[str]) -> bool:
+    """Return whether the heads behind branches have anything in common, or read another task's branch."""
+    if heads.overlap or any(mask & (mask - 1) for mask in heads.leaves.values()):
+        return True
+    mine = {
+        gradient_edge(part): 1 << task
+        for task, name in enumerate(names)
+        for part in branches.parts(name)
+        if part.requires_grad
+    }
+    return any(mask != mine.get(edge) for edge, mask in heads.stops.items())
+
+
+def _depends(heads: Walk, task: int) -> bool:
+    """Return whether a task's loss reaches a feature, or a branch of one."""
+    return any(mask >> task & 1 for mask in heads.stops.values())
+
+
+def _each_its_own(stops: Mapping[Edge, int]) -> bool:
+    """Return whether no feature serves two tasks."""
+    return bool(stops) and all(not mask & (mask - 1) for mask in stops.values())
+
+
+def _check_reads(
+    names: Sequence[str],
+    losses: Sequence[torch.Tensor],
+    heads: Walk,
+    inside: set[torch.Tensor],
+    named: Named,
+) -> None:
+    """Check that a loss that reaches what lies behind the features does so through them.
+
+    Raises:
+        ValueError: one does not; the task is named.
+    """
+    told = "branches" if named.branches is not None else "features="
+    for task, name in enumerate(names):
+        if not losses[task].requires_grad or _depends(heads, task):
+            continue
+        around = [leaf for leaf, mask in heads.leaves.items() if mask >> task & 1 and leaf in inside]
+        if around:
+            raise ValueError(
+                f"the loss of task {name!r} does not depend on {told}, but reaches the encoder past them. Compute it "
+                "from the tensor you pass (not from a recomputed copy), or leave the task out of this step."
+            )
+
+
+def _check_no_branch(seen: Walk) -> None:
+    """Check that no loss ends at a branch, where its gradient would never reach the encoder.
+
+    Raises:
+        ValueError: one does.
+    """
+    if any(is_branch(leaf) for leaf in seen.leaves):
+        raise ValueError(
+            "the losses were computed from detente.branch(), whose gradients end at the branches. Pass the branches: "
+            "backward(losses, method, features=branches)."
+        )
+
+
+def _check_layer(layer: Sequence[torch.Tensor], shared: Sequence[torch.Tensor]) -> None:
+    """Check that every parameter to solve on is shared.
+
+    Raises:
+        ValueError: one is not.
+    """
+    known = set(shared)
+    for position, tensor in enumerate(layer):
+        if tensor not in known:
+            raise ValueError(
+                f"parameter {position} of solve_on= (shape {tuple(tensor.shape)}) is not shared by the tasks; "
+                "name parameters that two or more losses reach, such as the last shared layer."
+            )
+
+
+def _open(leaves: Sequence[torch.Tensor], why: str) -> str:
+    return (
+        f"{len(leaves)} parameters (the first has shape {tuple(leaves[0].shape)}) lie behind an operation that packs "
+        "several tasks into one tensor (a concatenation, a stack, a compiled or scripted model), so that the graph "
+        f"does not tell shared from task-specific ones, and {why}. Name the shared ones with shared=, or compute the "
+        "losses apart."
+    )
+
+
+def check_reached(chosen: Sequence[torch.Tensor]) -> None:
+    """Refuse named shared parameters, none of which any loss reaches.
+
+    Raises:
+        ValueError: there are such parameters.
+    """
+    if chosen:
+        raise ValueError(
+            f"no loss reaches any of the {len(chosen)} parameters named in shared= (the first has shape "
+            f"{tuple(chosen[0].shape)}). Are they of another model, or was the graph detached?"
+        )
+
+
+def by_task(masks: Mapping[torch.Tensor, int], tasks: int) -> tuple[Tensors, ...]:
+    """Return for each task the tensors whose bit mask names it."""
+    lists: list[list[torch.Tensor]] = [[] for _ in range(tasks)]
+    for tensor, mask in masks.items():
+        while mask:
+            lowest = mask & -mask
+            lists[lowest.bit_length() - 1].append(tensor)
+            mask ^= lowest
+    return tuple(map(tuple, lists))
+
+
+def _with_left_out(
+    own: tuple[Tensors, ...], left_out: Sequence[torch.Tensor], masks: Mapping[torch.Tensor, int]
+) -> tuple[Tensors, ...]:
+    added = by_task({leaf: masks[leaf] for leaf in left_out}, len(own))
+    return tuple((*mine, *more) for mine, more in zip(own, added, strict=True))
+
+
+def trainable(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return those that require a gradient: frozen parameters may be named and are left alone."""
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def as_tensors(parameters: Parameters | Mapping[str, Any], option: str) -> Tensors:
+    """Return tensors, modules, or nested iterables and mappings of them as a flat tuple without repetition.
+
+    Raises:
+        TypeError: an entry is neither a tensor nor a module; the option is named.
+    """
+    if isinstance(parameters, torch.Tensor):
+        return (parameters,)
+    if isinstance(parameters, nn.Module):
+        return tuple(parameters.parameters())
+    if isinstance(parameters, Mapping):
+        parameters = parameters.values()
+    if isinstance(parameters, (str, bytes)) or not isinstance(parameters, Iterable):
+        raise TypeError(f"{option}= takes parameters or modules, got {type(parameters).__name__}.")
+    found: dict[int, torch.Tensor] = {}
+    for entry in parameters:
+        for tensor in as_tensors(entry, option):
+            found.setdefault(id(tensor), tensor)
+    return tuple(found.values())
+
+
+def _alive(references: dict[int, weakref.ref[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return the tensors that still exist; the others are forgotten."""
+    alive = []
+    for number, reference in list(references.items()):
+        tensor = reference()
+        if tensor is None:
+            del references[number]
+        else:
+            alive.append(tensor)
+    return alive
+
+
+def _add(references: dict[int, weakref.ref[torch.Tensor]], tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        held = references.get(id(tensor))
+        if held is None or held() is not tensor:
+            references.pop(id(tensor), None)
+            references[id(tensor)] = weakref.ref(tensor)

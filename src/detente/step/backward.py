@@ -1,0 +1,511 @@
+"""The whole step: what a training loop calls in place of ``sum(losses).backward()``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from detente.autograd.accumulation import Accumulation
+from detente.autograd.branches import Branches
+from detente.autograd.engine import (
+    Taken,
+    Weighted,
+    full_precision,
+    further_gradients,
+    measured,
+    task_gradients,
+    weighted_backward,
+)
+from detente.autograd.host import to_host
+from detente.autograd.jacobian import reached_by
+from detente.autograd.layout import Gradients, accumulate, finite, probes
+from detente.autograd.losses import (
+    GradientNotFinite,
+    Losses,
+    check_behind,
+    check_losses,
+    check_own,
+    check_weighted,
+)
+from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.reduction import Samples, losses_and_reached, losses_of_all
+from detente.autograd.roles import Memory, Named, Parameters
+from detente.autograd.step import Mode, Request, Step, prepare
+from detente.methods.base import Method, one_of
+from detente.methods.registry import info_of
+from detente.step.combining import (
+    asks_for_rows,
+    check_result,
+    decide,
+    not_finite,
+    of_first_rank,
+    watched,
+    with_direction,
+)
+from detente.step.recording import lengths_of, record_of, undone_on_failure
+from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
+
+Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | Branches | None
+Heads = Literal["own", "weighted"] | None
+Scale = Literal["native", "sum", "mean", "unit"]
+
+NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
+NO_SHARED_WEIGHTED = "no shared parameters: every parameter takes the weighted gradient of its own loss"
+
+
+def backward(
+    losses: Losses,
+    method: Method,
+    *,
+    features: Features = None,
+    shared: Parameters | None = None,
+    task_specific: Parameters | Mapping[str, Any] | None = None,
+    solve_on: Parameters | None = None,
+    heads: Heads = None,
+    scale: Scale = "native",
+    memory: Mode = "fast",
+    measure: bool = False,
+    extra: Sequence[Losses] = (),
+    scaler: torch.amp.GradScaler | None = None,
+    process_group: ProcessGroup = None,
+    samples: Samples = None,
+    retain_graph: bool = False,
+) -> StepRecord:
+    """Fill ``.grad`` for one step of training with several losses: the line that replaces ``sum(losses).backward()``.
+
+    A parameter that two or more losses reach is shared and receives the method's direction; one that a single loss
+    reaches is that task's own. Once shared, a parameter stays shared for this method, so that batches without some
+    task change nothing. Gradients are added to an existing ``.grad``. Behind an operation that packs several tasks
+    into one tensor (a concatenation, a compiled model) the gradients themselves tell heads from shared parameters. Leaf
+    tensors that are no parameters (inputs that require a gradient) are left out of the problem unless ``shared`` names
+    them. A task that reaches nothing shared is left out too; its own parameters move. ``torch.autocast`` around the
+    call changes nothing.
+
+    Gradients are taken with ``torch.autograd.grad``: post-accumulate hooks of parameters do not run, and hooks of
+    tensors (``register_hook``) see each backward, that is one task's gradient at a time.
+
+    Args:
+        losses: scalars with their graph, by task name or in sequence (named "0", "1", …). A task may be absent
+            from a step.
+        method: from :func:`detente.create`, made once, outside the loop: it may carry state.
+        features: the shared representation, one tensor or several: the problem is solved on the gradients of the
+            whole batch's representation, and one backward carries the result through the encoder (upper bound).
+            Shared parameters reached past it take the weighted sum of their gradients. From :func:`detente.branch` all
+            heads are walked in one call of autograd.
+        shared, task_specific: parameters or modules, instead of discovery. With both given nothing else is touched;
+            with one given everything else a loss reaches has the other role.
+        solve_on: shared parameters to solve on (the last shared layer); the weights then serve all of them.
+        heads: ``own``: own parameters take the plain gradient of their loss; ``weighted``: multiplied by the task's
+            weight. None is ``own`` for methods that combine gradients and ``weighted`` for weightings of losses.
+        scale: length of the shared direction in the space where the problem is solved: ``native``, or that of the
+            ``sum`` or ``mean`` gradient, or ``unit``. Own parameters are not scaled; zero stays zero.
+        memory: ``fast``: one backward per task; ``batched``: one vectorised backward (every task walks all heads);
+            ``low``: the same Gramian without keeping T gradients: the graph is walked in segments, and one weighted
+            backward follows (T + 1 backwards; beside the graph T rows of one segment's parameters, and the gradients
+            that wait between two segments). Then only methods that give weights from inner products or losses. With
+            ``features`` or ``solve_on`` all are the same.
+        measure: take task gradients for the record also for methods that do not need them.
+        extra: losses of the same tasks on further, independent batches, for methods that declare ``batches:k``: k - 1
+            of them, or none (this batch then stands for all). They only inform the method.
+        scaler: of torch.amp. Pass the losses unscaled: the method sees unscaled gradients, and ``.grad`` is scaled, as
+            ``scaler.step(optimizer)`` expects. A gradient that is not finite is then no error: every ``.grad`` is
+            filled with NaN, the method's state stays, and the scaler skips the step and lowers its factor. After a
+            refused step leave out ``scaler.unscale_`` and ``scaler.step`` and call ``scaler.update()`` as always; a
+            loop that calls them all the same skips the step too, for a ``.grad`` that was None is filled with NaN, but
+            lowers the factor.
+        process_group: the processes among which the batch is split: None is torch.distributed's default group where
+            it is initialized, False this process alone. Every rank then ends with the ``.grad`` and the record of the
+            whole batch; call it on every rank, with losses that are means over the rank's own examples.
+        samples: on several processes the number of examples behind this rank's losses, or a mapping from task to
+            number, by which means are weighted; None counts every rank once. A task that is absent here, or has 0
+            examples, takes no part on this rank.
+        retain_graph: keep the graph for another backward.
+
+    Returns:
+        A record of the step in plain numbers. ``record.accepted`` is False if the method refused the step; every
+        ``.grad`` is then as it was found.
+
+    Raises:
+        ValueError: no losses, a loss that is not a scalar or has no graph, NaN or Inf in a loss or gradient,
+            features that a loss does not depend on, named shared parameters that no loss reaches, a space the
+            method cannot be solved in, further batches it does not take. The task is named; ``.grad`` and the
+            method's state are unchanged.
+        TypeError: ``method`` is not a method.
+        RankFailed: another process could not take the step; its message is passed on.
+
+    Example:
+        >>> import detente
+        >>> trunk, left, right = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        >>> method = detente.create("mgda")
+        >>> z = trunk(torch.ones(2, 3))
+        >>> record = detente.backward({"left": left(z).square().mean(), "right": right(z).square().mean()}, method)
+        >>> record.names, record.accepted, trunk.weight.grad is not None
+        (('left', 'right'), True, True)
+    """
+    started = time.perf_counter()
+    _check_call(method, heads, scale, memory)
+    ranks, info = ranks_of(process_group), info_of(method)
+    needs, accumulation = method.needs_now(), method.__dict__.get("accumulation")
+    named = Named.read(features, shared, task_specific, solve_on)
+    how = _How(method, info, heads or info.heads, scale, measure, extra, accumulation)
+    request = Request(
+        named,
+        needs,
+        memory,
+        # Where a method asks for more than numbers about the gradients, parts of them will not do.
+        whole=asks_for_rows(needs),
+        drops=info.takes_gradients,
+        retain_graph=retain_graph,
+        samples=samples,
+        scaler=scaler,
+        agreed=() if ranks is None else how.agreed(memory, scaler is not None),
+        refused=_refusal(how, named, memory) if extra or accumulation or memory == "low" else None,
+    )
+    with full_precision():
+        step = prepare(losses, request, Memory.of(method), ranks, method.tasks)
+        try:
+            record = _take_step(step, how)
+        except GradientNotFinite as error:
+            if step.factor is None:
+                raise
+            record = _left_to_the_scaler(step, error)
+        if not record.accepted and record.status == "refused" and step.factor is not None:
+            _tell_scaler(step)
+    return replace(record, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _How:
+    """Hold who decides about a step, and what becomes of the decision."""
+
+    method: Method
+    info: MethodInfo
+    heads: str
+    scale: Scale
+    measure: bool
+    extra: Sequence[Losses]
+    accumulation: Accumulation | None
+
+    def agreed(self, mode: Mode, scaled: bool) -> tuple[tuple[str, object], ...]:
+        """Return what decides which messages follow, and must be the same on all ranks."""
+        part = None
+        if self.accumulation is not None:
+            part = f"{self.accumulation.done + 1} of {self.accumulation.parts}"
+        return (
+            ("method", self.info.name),
+            ("options", (self.heads, self.scale, mode, self.measure, len(self.extra), scaled)),
+            ("needs", tuple(sorted(self.method.needs_now()))),
+            ("micro-batch", part),
+        )
+
+
+def _take_step(step: Step, how: _How) -> StepRecord:
+    """Take the gradients that a step needs, let the method decide, and carry its decision to the parameters."""
+    accumulation = how.accumulation
+    if accumulation is not None:
+        accumulation.add(step)
+        if accumulation.done < accumulation.parts:
+            known = losses_of_all(step.losses, step.reduction)
+            check_losses(step.names, known)
+            weights = (None,) * len(step.names)
+            return StepRecord(step.names, tuple(known.tolist()), weights, status="accumulating", space="exact")
+        return _combined(measured(accumulation.finish(step)), how)
+    branched = step.request.named.branches is not None
+    if branched or step.request.needs & GRADIENT_NEEDS or how.measure or how.scale != "native":
+        taken = task_gradients(step)
+        if taken is not None:
+            if how.extra and how.info.batches > 1:
+                taken = further_gradients(taken, how.extra)
+            return _combined(taken, how)
+    return _weighted(step, how)
+
+
+def _combined(taken: Taken, how: _How) -> StepRecord:
+    """Let the method combine task gradients, and carry its decision to the parameters."""
+    method, gradients = how.method, taken.gradients
+    # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
+    # trace in the method; in the exact space hardly anything does, and a copy of a large state is saved.
+    cautious = gradients.space != "exact" or how.heads == "weighted" or taken.walked.jacobian is None
+    if not cautious and (how.info.stateful or taken.step.outside):
+        dtype = torch.float32 if gradients.jacobian is None else gradients.jacobian.dtype
+        cautious = bool(taken.step.outside) or watched(method, dtype, gradients)
+    with undone_on_failure(method) if cautious else nullcontext():
+        combination = decide(method, taken)
+        record = record_of(taken, combination)
+        _apply(taken, combination, how.heads, how.scale, not_finite(method))
+    return record
+
+
+def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale: Scale = "native") -> None:
+    """Carry a combination back to the parameters: add to the ``.grad`` of shared and own parameters.
+
+    A refused combination leaves every ``.grad`` as it was.
+
+    Args:
+        taken: from :func:`task_gradients`; its graph is used up unless it was retained.
+        combination: what a method decided.
+        heads: ``own`` parameters take the plain gradient of their loss, or ``weighted`` like the shared ones.
+        scale: length of the shared direction, see :func:`backward`.
+
+    Raises:
+        ValueError: a gradient behind the representation is not finite, or weights are needed and there are none.
+
+    Example:
+        >>> from detente import combine, task_gradients
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> taken = task_gradients({"a": weight.sum(), "b": (3 * weight).sum()})
+        >>> apply(taken, combine("mgda", taken.gradients.jacobian))
+        >>> weight.grad
+        tensor([1., 1.])
+    """
+    with full_precision():
+        _apply(taken, combination, heads or "own", scale, _NOT_FINITE)
+
+
+_NOT_FINITE = "the combined gradient is not finite (NaN or Inf) although every task's is. Nothing was changed."
+
+
+def _apply(taken: Taken, combination: Combination, heads: str, scale: Scale, message: str) -> None:
+    if not combination.accepted:
+        return
+    weights = combination.weights
+    if weights is None and heads == "weighted":
+        raise ValueError("heads='weighted' needs one weight for each task, and this method gives none.")
+    shared = shared_gradients(taken, combination, scale=scale)
+    if weights is not None and not _in_range(taken, weights):
+        (probed,) = to_host([probes(gradient for _, gradient in shared)])
+        if not finite([gradient for _, gradient in shared], probed).all():
+            raise GradientNotFinite(message)
+    accumulate(shared + taken.own_gradients(weights if heads == "weighted" else None))
+
+
+def _in_range(taken: Taken, weights: torch.Tensor) -> bool:
+    """Return whether the lengths alone tell that a weighted sum of finite gradients is finite."""
+    jacobian, gramian = taken.gradients.jacobian, taken.gradients.gramian
+    if taken.gradients.space != "exact" or jacobian is None or gramian is None:
+        return True  # looked at where it is made
+    if taken.step.factor is not None or jacobian.dtype.itemsize < 4:
+        return False
+    return float(np.abs(weights.numpy()) @ np.sqrt(gramian.diagonal())) < 1e38
+
+
+def shared_gradients(taken: Taken, combination: Combination, *, scale: Scale = "native") -> Gradients:
+    """Return shared parameters with the gradient that a combination gives each of them; no ``.grad`` is touched.
+
+    Args:
+        taken: from :func:`task_gradients`; its graph is used up unless it was retained.
+        combination: what a method decided.
+        scale: length of the direction, see :func:`backward`.
+
+    Raises:
+        ValueError: a gradient behind the representation is not finite, or weights are needed and there are none.
+    """
+    direction, weights = combination.direction, combination.weights
+    if taken.walked.jacobian is None:
+        if combination.status == "stationary" and weights is not None:
+            weights = torch.zeros_like(weights)
+        given = direction is not None or combination.block_weights is not None
+        shared = taken.shared_gradients(None, None if given else weights)
+        if scale != "native" and shared:
+            length = lengths_of(shared)
+            if taken.step.factor is not None:
+                length = length / taken.step.factor.to(length)
+            factor = _length_factor(length, taken.gradients, scale)
+            shared = [(tensor, gradient * factor.to(gradient)) for tensor, gradient in shared]
+    else:
+        plain = direction is None and combination.block_weights is None and combination.status == "ok"
+        if not plain or scale != "native":
+            combination = with_direction(combination, taken.gradients)
+            direction = combination.direction
+            assert direction is not None
+            if scale != "native":
+                factor = _length_factor(_length(taken, direction), taken.gradients, scale)
+                direction = direction * factor.to(direction.dtype)
+                weights = None if weights is None else weights * factor.to(device=weights.device)
+            if combination.status == "stationary" and weights is not None:
+                weights = torch.zeros_like(weights)
+        shared = taken.shared_gradients(direction, weights)
+    if taken.gradients.space != "exact":
+        check_behind(taken.gradients.names, shared)
+    return shared
+
+
+def _length(taken: Taken, direction: torch.Tensor) -> torch.Tensor:
+    """Return the norm of a direction in the space of the problem, a float64 scalar on its device."""
+    length: torch.Tensor = torch.linalg.vector_norm(direction, dtype=torch.float64)
+    if taken.step.reduction is None or not taken.walked.partial:
+        return length
+    return taken.step.reduction.ranks.sum(length * length).sqrt()
+
+
+def _length_factor(length: torch.Tensor, gradients: TaskGradients, scale: Scale) -> torch.Tensor:
+    """Return a float64 scalar on the device of ``length`` that makes of it the requested one; 0 for no direction."""
+    assert gradients.gramian is not None
+    target = 1.0
+    if scale != "unit":
+        target = float(np.sqrt(max(gradients.gramian.sum(), 0.0)))
+        target = target / gradients.tasks if scale == "mean" else target
+    return torch.where(length > 0, target / length, torch.zeros_like(length))
+
+
+def _weighted(step: Step, how: _How) -> StepRecord:
+    """Take a step without task gradients: one backward of the weighted losses.
+
+    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1.
+    """
+    method, names, reduction = how.method, step.names, step.reduction
+    needs = step.request.needs
+    plain = bool(needs & GRADIENT_NEEDS)
+    known = None
+    if not plain and "losses" in needs:
+        known = losses_of_all(step.losses, reduction)
+        check_losses(names, known)
+    with nullcontext() if plain else undone_on_failure(method):
+        combination = Combination(weights=torch.ones(len(names), dtype=torch.float64))
+        if not plain:
+            seen = TaskGradients(names=names, losses=known, space="none")
+            combination = of_first_rank(method.combine(seen), step)
+            check_result(method, combination)
+        assert combination.weights is not None, "a weighting of losses gives weights"
+        plain_heads = how.heads == "own" and not plain
+        found = weighted_backward(step, combination.weights, plain_heads=plain_heads)
+        values, everything = _checked(step, found)
+        if combination.accepted:
+            accumulate(everything)
+    notes = combination.notes
+    if not step.anything:
+        notes = (*notes, NO_SHARED if plain or how.heads == "own" else NO_SHARED_WEIGHTED)
+    return StepRecord(
+        names=names,
+        losses=tuple(values.tolist()),
+        weights=tuple(combination.weights.tolist()),
+        status=combination.status,
+        notes=notes,
+        residual=combination.residual,
+    )
+
+
+def _checked(step: Step, found: Weighted) -> tuple[np.ndarray, Gradients]:
+    """Return the losses [T] and all gradients of the whole batch, every number of which is finite."""
+    names, reduction = step.names, step.reduction
+    own = [pair for task in found.own for pair in task]
+    everything = [*found.shared, *own]
+    if reduction is None:
+        values, probed = to_host([step.losses, probes(gradient for _, gradient in everything + found.plain)])
+        check_losses(names, values)
+        shared, rest = len(found.shared), len(everything)
+        check_own(names, found.own, probed[shared:rest])
+        check_weighted(names, found.shared, probed[:shared])
+        check_weighted(names, found.plain, probed[rest:])
+        return values, everything + found.plain
+    reached = {tensor for tensor, _ in everything}
+    values, touched = losses_and_reached(step.losses, reduction, reached)
+    check_losses(names, values)
+    everything = reduction.gradients((*reduction.shared, *reduction.own), everything, touched)
+    (probed,) = to_host([probes(gradient for _, gradient in everything)])
+    check_weighted(names, everything, probed)
+    return values, everything + found.plain
+
+
+def _refusal(how: _How, named: Named, mode: Mode) -> Exception | None:
+    """Return what does not go together in a step, as the error to raise."""
+    info, extra, accumulation = how.info, how.extra, how.accumulation
+    if isinstance(extra, (Mapping, torch.Tensor)) or not isinstance(extra, Sequence):
+        return TypeError("extra= takes a list with the losses of each further batch, even for a single one.")
+    if extra:
+        if info.batches < 2:
+            return ValueError(f"{info.name} looks at one batch only; leave extra= out.")
+        if len(extra) != info.batches - 1:
+            return ValueError(
+                f"{info.name} takes {info.batches - 1} further batches, and extra= holds {len(extra)}."
+            )
+        if named.features is not None:
+            return ValueError(
+                "extra= and features= do not go together: two batches have no representation in common on which to "
+                "compare gradients. Leave features= out, or name the last shared layer in solve_on=."
+            )
+    if mode == "low" and named.features is None and named.solve_on is None:
+        others = how.method.needs_now() & GRADIENT_NEEDS - {"gramian"}
+        reason = ""
+        if others:
+            reason = f"{info.name} looks at more than the Gramian ({', '.join(sorted(others))})"
+        elif extra:
+            reason = "gradients of further batches are compared with those of this one"
+        elif accumulation is not None:
+            reason = "accumulate() keeps a sum of every task's gradients"
+        if reason:
+            return ValueError(f"memory='low' does not go with this step: {reason}. Use memory='fast'.")
+    if accumulation is None:
+        return None
+    if accumulation.done >= accumulation.parts:
+        return ValueError(
+            f"accumulate() was told of {accumulation.parts} micro-batches, and this is one more. Open a new context "
+            "for the next step."
+        )
+    option = "features=" if named.features is not None else "solve_on=" if named.solve_on is not None else ""
+    option = option or ("extra=" if extra else "")
+    if option:
+        return ValueError(
+            f"accumulate() adds up gradients on the parameters, so {option} does not go with it. Leave {option} out, "
+            "or accumulate without the context: call backward() for every micro-batch with losses divided by their "
+            "number."
+        )
+    return None
+
+
+def _reached(step: Step) -> set[torch.Tensor]:
+    """Return the parameters that take part in a step, on all processes alike."""
+    if step.reduction is None:
+        return reached_by(step.roles)
+    return {*step.reduction.shared, *step.reduction.own}
+
+
+def _left_to_the_scaler(step: Step, error: GradientNotFinite) -> StepRecord:
+    """Fill every ``.grad`` with NaN, by which the scaler knows that this step is to be skipped."""
+    accumulate([(tensor, torch.full_like(tensor, float("nan"))) for tensor in _reached(step)])
+    known = losses_of_all(step.losses, step.reduction)
+    told = str(error).partition(" Nothing was changed.")[0]
+    return StepRecord(
+        names=step.names,
+        losses=tuple(known.tolist()),
+        weights=(None,) * len(step.names),
+        notes=(f"{told} The gradient scaler skips this step.",),
+    )
+
+
+def _tell_scaler(step: Step) -> None:
+    """Let a scaler pass over a refused step, which wrote no gradients for it to look at.
+
+    It counts what its ``update()`` finds as one good step: an optimizer of a single number stands in for the user's. A
+    loop that calls ``scaler.step`` all the same finds NaN where there was no gradient, and skips that step.
+    """
+    device, memory = step.losses[0].device, step.memory
+    if memory.witness is None or memory.witness.param_groups[0]["params"][0].device != device:
+        memory.witness = torch.optim.SGD([torch.nn.Parameter(torch.zeros((), device=device))], lr=0.0)
+    (number,) = memory.witness.param_groups[0]["params"]
+    number.grad = torch.zeros_like(number)
+    step.request.scaler.unscale_(memory.witness)
+    without = [tensor for tensor in _reached(step) if tensor.grad is None]
+    accumulate([(tensor, torch.full_like(tensor, float("nan"))) for tensor in without])
+
+
+def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
+    if not isinstance(method, Method):
+        hint = (
+            f" Create it once, outside the loop: detente.create({method!r})."
+            if isinstance(method, str)
+            else ""
+        )
+        raise TypeError(f"method is a {type(method).__name__}, not a detente method.{hint}")
+    if heads is not None:
+        one_of("heads", heads, ("own", "weighted"))
+    if scale != "native":
+        one_of("scale", scale, ("native", "sum", "mean", "unit"))
+    if memory != "fast":
+        one_of("memory", memory, ("fast", "batched", "low"))
