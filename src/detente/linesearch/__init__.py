@@ -7,11 +7,13 @@ condition as pure functions on small arrays (`armijo`), and the searches. How a 
 from detente.linesearch.backtracking import Backtracking
 from detente.linesearch.closure import Closure
 from detente.linesearch.fast import FastBacktracking
+from detente.linesearch.options import SearchOptions
 from detente.linesearch.record import ClosureChanged, NoDescent, SearchFailed, SearchRecord
 
 __all__ = [
     "Backtracking",
     "FastBacktracking",
+    "SearchOptions",
     "SearchRecord",
     "Closure",
     "ClosureChanged",

@@ -8,16 +8,14 @@ from typing import Any, ClassVar, Literal, final
 import torch
 
 from detente.autograd.measure import Taken
-from detente.autograd.partition import Parameters, as_tensors
-from detente.linesearch.armijo import ROUNDING, Array
+from detente.autograd.partition import as_tensors
+from detente.linesearch.armijo import Array
 from detente.linesearch.batch import Batch
 from detente.linesearch.closure import Losses, Runs
-from detente.linesearch.moments import KINDS, Moments, Preconditioner, State
+from detente.linesearch.moments import Moments, State
 from detente.linesearch.moves import Moves, merged, own_products, real
 from detente.linesearch.plan import Along, Plan, falls
-from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
-from detente.methods import Method
-from detente.methods.arguments import one_of
+from detente.linesearch.search import Search, Taking
 from detente.step import shared_gradients
 from detente.values import Combination
 
@@ -74,22 +72,7 @@ class Backtracking(Search):
         gamma: divisor of the length after a rejection, > 1.
         c: share of the promised decrease that is asked for, in (0, 1).
         max_trials: trials of one search, >= 1.
-        on_cap: ``skip``: the parameters stay, the record says ``capped``; ``error``.
-        on_no_descent: ``error``, or ``small-step``: a step of length ``small_step``, unsearched (ours).
-        small_step: that length, > 0; its losses must be finite.
-        lower_ub: ours: ``cap``: divide the first length by γ after ``patience`` searches in a row that ended at the
-            cap; ``divided``: that needed more than one trial. None never. ``search.lowered`` counts the divisions
-            beside ``lr_ub``, so that a schedule does not undo them; ``search.lowered = 0`` does.
-        patience: how many, >= 1.
-        precondition: ours, after the paper's outlook: the shared direction and the heads' gradients are divided by the
-            running moments of ``adam``, ``rmsprop`` or ``adagrad`` (torch's constants), and so are the slopes. What is
-            a descent for all tasks need not stay one: see ``on_no_descent``.
-        modules: whose buffers stand still during a search. None: modules among ``shared`` and ``task_specific``, and
-            every module that runs in the closure's first pass, found by a temporary hook. A model compiled with
-            ``torch.compile`` warns of such hooks: name it here.
-        check_steps: in the first so many steps the closure is run once more before the first trial, and must give the
-            same losses. 0 never.
-        rounding: machine epsilons that count as rounding, >= 0.
+        options: everything else, see :class:`SearchOptions`; all but ``check_true``.
 
     Raises:
         ValueError: an option is out of range, the method cannot be solved on parameters, a parameter has two roles.
@@ -110,46 +93,14 @@ class Backtracking(Search):
 
     space: ClassVar[Literal["exact", "features"]] = "exact"
 
-    def __init__(
-        self,
-        method: Method,
-        shared: Parameters,
-        task_specific: Parameters | Mapping[str, Any],
-        lr_ub: float,
-        gamma: float = 2.0,
-        c: float = 1e-4,
-        max_trials: int = 20,
-        *,
-        on_cap: Cap = "skip",
-        on_no_descent: Descent = "error",
-        small_step: float | None = None,
-        lower_ub: Lower = None,
-        patience: int = 10,
-        precondition: Preconditioner | None = None,
-        modules: Modules = None,
-        check_steps: int = 1,
-        rounding: float = ROUNDING,
-    ) -> None:
-        super().__init__(
-            method,
-            shared,
-            task_specific,
-            lr_ub,
-            gamma,
-            c,
-            max_trials,
-            on_cap=on_cap,
-            on_no_descent=on_no_descent,
-            small_step=small_step,
-            lower_ub=lower_ub,
-            patience=patience,
-            modules=modules,
-            check_steps=check_steps,
-            rounding=rounding,
-        )
-        self.precondition = one_of("precondition", precondition, (None, *KINDS))
+    lacks: ClassVar[Mapping[str, str]] = {
+        "check_true": "It tries every length on the network itself; FastBacktracking alone needs such a check."
+    }
+
+    def _set_up(self) -> None:
+        kind = self.options.precondition
         everyone = (*as_tensors(self.shared, "shared"), *as_tensors(self.task_specific, "task_specific"))
-        self._moments = None if precondition is None else Moments(precondition, everyone)
+        self._moments = None if kind is None else Moments(kind, everyone)
 
     def state_dict(self) -> dict[str, Any]:
         """What a new search needs to go on bit for bit, beside the network's own state and the random state.

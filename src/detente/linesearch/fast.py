@@ -8,15 +8,12 @@ from typing import Any, ClassVar, Literal, final
 import torch
 
 from detente.autograd.measure import Taken
-from detente.autograd.partition import Parameters
-from detente.linesearch.armijo import ROUNDING, Array
+from detente.linesearch.armijo import Array
 from detente.linesearch.batch import Batch
 from detente.linesearch.closure import Losses, Runs, check_graph, flat, like
 from detente.linesearch.moves import Moves, merged, own_products
-from detente.linesearch.options import whole
 from detente.linesearch.plan import Along, Plan, falls
-from detente.linesearch.search import Cap, Descent, Lower, Modules, Search, Taking
-from detente.methods import Method
+from detente.linesearch.search import Search, Taking
 from detente.step import shared_gradients
 from detente.values import Combination
 
@@ -63,11 +60,9 @@ class FastBacktracking(Search):
         method: any method that runs in the space ``features``.
         shared: the parameters, or modules, of the encoder.
         task_specific: those of the heads, as for :class:`Backtracking`.
-        lr_ub, gamma, c, max_trials, on_cap, on_no_descent, small_step, lower_ub, patience, modules, check_steps,
-            rounding: as for :class:`Backtracking`; the closure is checked on the heads.
-        precondition: only None, see above.
-        check_true: False; True: look after every accepted step whether the condition holds for the network itself, one
-            forward pass more; a number k: after every k-th step.
+        lr_ub, gamma, c, max_trials: as for :class:`Backtracking`.
+        options: everything else, see :class:`SearchOptions`; all but ``precondition``. The closure is checked on the
+            heads.
 
     Raises:
         ValueError: an option is out of range, the method cannot be solved on a representation, a parameter has two
@@ -77,6 +72,7 @@ class FastBacktracking(Search):
 
     Example:
         >>> import detente
+        >>> from detente.linesearch import SearchOptions
         >>> _ = torch.manual_seed(0)
         >>> encoder = torch.nn.Linear(4, 8)
         >>> heads = torch.nn.ModuleDict({task: torch.nn.Linear(8, 1) for task in ("a", "b")})
@@ -84,7 +80,8 @@ class FastBacktracking(Search):
         >>> def closure(features=None):
         ...     z = encoder(x).relu() if features is None else features
         ...     return z, {name: (head(z) - x[:, :1]).square().mean() for name, head in heads.items()}
-        >>> search = FastBacktracking(detente.create("mgda"), encoder, heads, lr_ub=1.0, check_true=True)
+        >>> options = SearchOptions(check_true=True)
+        >>> search = FastBacktracking(detente.create("mgda"), encoder, heads, lr_ub=1.0, options=options)
         >>> found = search.step(closure)
         >>> found.status, found.record.space, found.true_condition
         ('accepted', 'features', True)
@@ -96,55 +93,15 @@ class FastBacktracking(Search):
         "true_condition_checks",
         "true_condition_failures",
     )
-    settings: ClassVar[tuple[str, ...]] = (*Search.settings, "check_true")
 
-    def __init__(
-        self,
-        method: Method,
-        shared: Parameters,
-        task_specific: Parameters | Mapping[str, Any],
-        lr_ub: float,
-        gamma: float = 2.0,
-        c: float = 1e-4,
-        max_trials: int = 20,
-        *,
-        on_cap: Cap = "skip",
-        on_no_descent: Descent = "error",
-        small_step: float | None = None,
-        lower_ub: Lower = None,
-        patience: int = 10,
-        precondition: None = None,
-        modules: Modules = None,
-        check_steps: int = 1,
-        rounding: float = ROUNDING,
-        check_true: bool | int = False,
-    ) -> None:
-        super().__init__(
-            method,
-            shared,
-            task_specific,
-            lr_ub,
-            gamma,
-            c,
-            max_trials,
-            on_cap=on_cap,
-            on_no_descent=on_no_descent,
-            small_step=small_step,
-            lower_ub=lower_ub,
-            patience=patience,
-            modules=modules,
-            check_steps=check_steps,
-            rounding=rounding,
+    lacks: ClassVar[Mapping[str, str]] = {
+        "precondition": (
+            "The fast search moves the representation, whose entries belong to other examples in every step, so that "
+            "running moments of them mean nothing. Use Backtracking."
         )
-        if precondition is not None:
-            raise ValueError(
-                f"option precondition is {precondition!r}: the fast search moves the representation, whose entries "
-                "belong to other examples in every step, so that running moments of them mean nothing. Use "
-                "Backtracking."
-            )
-        self.check_true = (
-            int(check_true) if isinstance(check_true, bool) else whole("check_true", check_true, least=1)
-        )
+    }
+
+    def _set_up(self) -> None:
         self.true_condition_checks = self.true_condition_failures = 0
 
     @property
@@ -211,7 +168,11 @@ class FastBacktracking(Search):
 
     def _settle(self, runs: Runs, batch: Batch, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
         """A look at the network itself where asked."""
-        if taking.status != "accepted" or not self.check_true or (self.steps + 1) % self.check_true:
+        if (
+            taking.status != "accepted"
+            or not self.options.check_true
+            or (self.steps + 1) % int(self.options.check_true)
+        ):
             return None
 
         def look() -> Losses:

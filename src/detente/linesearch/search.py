@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
-from torch import nn
 
 from detente.autograd.host import to_host
 from detente.autograd.measure import Taken
-from detente.autograd.partition import Memory
+from detente.autograd.partition import Memory, Parameters
 from detente.autograd.ranks import ProcessGroup, ranks_of
 from detente.autograd.reduce import Samples
 from detente.autograd.where import Where
@@ -22,28 +21,23 @@ from detente.linesearch.armijo import Array, repeats, rounding_tolerance, suffic
 from detente.linesearch.batch import Batch
 from detente.linesearch.begin import begin
 from detente.linesearch.closure import Closure, Losses, Runs
-from detente.linesearch.moments import Preconditioner
 from detente.linesearch.moves import Moves
 from detente.linesearch.options import (
+    DEFAULTS,
+    SearchOptions,
     check_method,
-    check_modules,
     check_roles,
     in_range,
-    kept,
+    keywords_moved_to,
     modules_in,
+    read_once,
     whole,
 )
 from detente.linesearch.plan import Along, Plan
 from detente.linesearch.record import ClosureChanged, NoDescent, Outcome, SearchFailed, SearchRecord
 from detente.methods import Method
-from detente.methods.arguments import one_of
 from detente.step import of_first_rank, record_of, undone_on_failure, with_direction
 from detente.values import Combination, StepRecord
-
-Descent = Literal["error", "small-step"]
-Cap = Literal["skip", "error"]
-Lower = Literal["cap", "divided"] | None
-Modules = nn.Module | Iterable[nn.Module] | None
 
 
 @dataclass(frozen=True)
@@ -64,67 +58,39 @@ class Search(ABC):
 
     space: ClassVar[Literal["exact", "features"]]
     counters: ClassVar[tuple[str, ...]] = ("steps", "capped", "in_a_row", "lowered")
-    settings: ClassVar[tuple[str, ...]] = (
-        "lr_ub",
-        "gamma",
-        "c",
-        "max_trials",
-        "on_cap",
-        "on_no_descent",
-        "small_step",
-        "lower_ub",
-        "patience",
-        "check_steps",
-        "rounding",
-        "precondition",
-    )
-    precondition: Preconditioner | None = None
+    lacks: ClassVar[Mapping[str, str]]
 
+    @keywords_moved_to(SearchOptions, "options")
     def __init__(
         self,
         method: Method,
-        shared: Any,
-        task_specific: Any,
+        shared: Parameters,
+        task_specific: Parameters | Mapping[str, Any],
         lr_ub: float,
-        gamma: float,
-        c: float,
-        max_trials: int,
-        *,
-        on_cap: Cap,
-        on_no_descent: Descent,
-        small_step: float | None,
-        lower_ub: Lower,
-        patience: int,
-        modules: Modules,
-        check_steps: int,
-        rounding: float,
+        gamma: float = 2.0,
+        c: float = 1e-4,
+        max_trials: int = 20,
+        options: SearchOptions = DEFAULTS,
     ) -> None:
         self.method = check_method(method, self.space)
-        self.shared, self.task_specific = kept(shared), kept(task_specific)
+        self.shared, self.task_specific = read_once(shared), read_once(task_specific)
         check_roles(self.shared, self.task_specific)
         self.lr_ub = lr_ub
         self.gamma = in_range("gamma", gamma, above=1)
         self.c = in_range("c", c, below=1)
         self.max_trials = whole("max_trials", max_trials, least=1)
-        self.on_cap = one_of("on_cap", on_cap, ("skip", "error"))
-        self.on_no_descent = one_of("on_no_descent", on_no_descent, ("error", "small-step"))
-        if (on_no_descent == "small-step") != (small_step is not None):
-            raise ValueError(
-                "options on_no_descent='small-step' and small_step= belong together: give both, or neither."
-            )
-        self.small_step = None if small_step is None else in_range("small_step", small_step)
-        self.lower_ub = one_of("lower_ub", lower_ub, (None, "cap", "divided"))
-        if lower_ub == "cap" and on_cap == "error":
-            raise ValueError(
-                "option lower_ub='cap' counts searches that end at the cap: use on_cap='skip' with it."
-            )
-        self.patience = whole("patience", patience, least=1)
-        self._discover = modules is None
-        self._modules = [*modules_in(self.shared), *modules_in(self.task_specific), *check_modules(modules)]
-        self.check_steps = whole("check_steps", check_steps, least=0)
-        self.rounding = in_range("rounding", rounding, least=0)
+        if not isinstance(options, SearchOptions):
+            raise TypeError(f"options= takes SearchOptions, got {type(options).__name__}.")
+        options.refuse(self.lacks, type(self).__name__)
+        self.options = options
+        self._modules = [
+            *modules_in(self.shared),
+            *modules_in(self.task_specific),
+            *options.named_modules,
+        ]
         self._memory = Memory()
         self.steps = self.capped = self.in_a_row = self.lowered = 0
+        self._set_up()
 
     @property
     def lr_ub(self) -> float:
@@ -183,7 +149,7 @@ class Search(ABC):
         """
         started, lengths = time.perf_counter(), self._lengths()
         ranks = ranks_of(process_group)
-        runs = Runs(closure, self._modules, discover=self._discover)
+        runs = Runs(closure, self._modules, discover=self.options.modules is None)
         undo: list[Moves] = []
         with self._undone_on_failure(runs, undo):
             ready, taken, features, losses = begin(
@@ -196,7 +162,7 @@ class Search(ABC):
                 ranks,
                 samples,
                 # Moments divide whole directions, whose products with the gradients are then taken again.
-                whole=self.precondition is not None,
+                whole=self.options.precondition is not None,
             )
             batch = Batch(ready, losses)
             combination = of_first_rank(self.method.combine(taken.gradients), ready)
@@ -207,7 +173,9 @@ class Search(ABC):
             combination = with_direction(combination, taken.gradients)
             plan = self._plan(taken, combination, along, features, batch.epsilon)
             undo.append(plan.moves)
-            settings = {name: getattr(self, name) for name in (*self.settings, *self.counters)}
+            settings = {
+                name: getattr(self, name) for name in ("lr_ub", "gamma", "c", "max_trials", *self.counters)
+            } | self.options.plain()
             batch.settle(plan, lambda: self._check(taken), settings)
             decided = replace(decided, seconds=time.perf_counter() - started)
             return self._search(runs, started, decided, batch, plan, undo, lengths)
@@ -256,6 +224,10 @@ class Search(ABC):
     # ---- what a trial is
 
     @abstractmethod
+    def _set_up(self) -> None:
+        """Make what a search of this kind keeps between steps."""
+
+    @abstractmethod
     def _first(self, runs: Runs) -> tuple[Any, Losses]:
         """Representation and losses, with a graph."""
 
@@ -292,7 +264,7 @@ class Search(ABC):
         undo: list[Moves],
         lengths: list[float],
     ) -> SearchRecord:
-        if self.steps < self.check_steps:
+        if self.steps < self.options.check_steps:
             self._check_closure(runs, batch, plan)
         if plan.slopes is None and not plan.descends:
             plan.read(*to_host([plan.unread]))
@@ -342,7 +314,7 @@ class Search(ABC):
 
     def _holds(self, plan: Plan, after: Array, eta: float) -> np.ndarray:
         assert plan.slopes is not None
-        tolerance = rounding_tolerance(plan.before, after, plan.epsilon, self.rounding)
+        tolerance = rounding_tolerance(plan.before, after, plan.epsilon, self.options.rounding)
         return sufficient_decrease(plan.before, after, plan.slopes, eta, self.c, tolerance)
 
     def _check_closure(self, runs: Runs, batch: Batch, plan: Plan) -> None:
@@ -360,8 +332,8 @@ class Search(ABC):
 
     def _without_descent(self, plan: Plan, against: np.ndarray) -> float:
         """The constant small step."""
-        if self.small_step is not None:
-            return self.small_step
+        if self.options.small_step is not None:
+            return self.options.small_step
         assert plan.slopes is not None
         named = zip(plan.taken.gradients.names, plan.slopes, plan.flat(), against, strict=True)
         tasks = {
@@ -380,10 +352,10 @@ class Search(ABC):
     def _instead(self, plan: Plan, against: np.ndarray) -> str:
         """Whose fault it is that a loss does not fall: the moments', the heads', or the method's."""
         assert plan.slopes is not None
-        if self.precondition is not None:
+        if self.options.precondition is not None:
             return (
                 "What is a descent for every task need not stay one when it is divided by running moments: leave "
-                f"precondition={self.precondition!r} out"
+                f"precondition={self.options.precondition!r} out"
             )
         if ((plan.slopes - plan.shared_slopes)[against] < 0).any():
             return (
@@ -408,7 +380,7 @@ class Search(ABC):
                 "Lower lr_ub, or raise max_trials." if searched else "Lower small_step.",
                 bad,
             )
-        if self.on_cap == "error":
+        if self.options.on_cap == "error":
             holds = self._holds(plan, after, eta)
             worst = tuple(name for name, ok in zip(names, holds, strict=True) if not ok)
             told = (
@@ -461,17 +433,19 @@ class Search(ABC):
 
     def _lower(self, status: Outcome, trials: int) -> tuple[str, ...]:
         """Lower the first length where enough searches in a row asked for it."""
-        if self.lower_ub is None or status not in ("accepted", "capped"):
+        if self.options.lower_ub is None or status not in ("accepted", "capped"):
             return ()
-        asked = status == "capped" or (self.lower_ub == "divided" and trials > 1)
+        asked = status == "capped" or (self.options.lower_ub == "divided" and trials > 1)
         self.in_a_row = self.in_a_row + 1 if asked else 0
-        if self.in_a_row < self.patience:
+        if self.in_a_row < self.options.patience:
             return ()
         self.in_a_row = 0
         if not self._divided(self.lowered + 1) > 0:
             return (f"the first length, {self.first_length:.6g}, cannot be lowered any further",)
         self.lowered += 1
-        return (f"first length lowered to {self.first_length:.6g} after {self.patience} searches in a row",)
+        return (
+            f"first length lowered to {self.first_length:.6g} after {self.options.patience} searches in a row",
+        )
 
     @contextmanager
     def _undone_on_failure(self, runs: Runs, undo: list[Moves]) -> Iterator[None]:
