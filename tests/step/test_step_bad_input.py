@@ -197,7 +197,7 @@ class _Directions(Remembering):
 
 def test_weights_that_a_method_does_not_give() -> None:
     net, method = Net(), _Directions()
-    assert detente.backward(net.losses()[1], method).weights is None
+    assert detente.backward(net.losses()[1], method).weights == (None, None)
     for options, match in (
         ({"heads": "weighted"}, "heads='weighted' needs one weight"),
         ({"solve_on": net.last}, "solve_on= needs one weight"),

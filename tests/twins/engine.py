@@ -24,7 +24,7 @@ class Spy(detente.Method):
     def __init__(
         self,
         *,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Mapping[str, float] | None = None,
         direction: Callable[[torch.Tensor], torch.Tensor] | None = None,
         status: Any = "ok",
     ) -> None:
@@ -38,7 +38,12 @@ class Spy(detente.Method):
         if self.direction is not None:
             assert gradients.jacobian is not None
             return detente.Combination(direction=self.direction(gradients.jacobian), status=self.status)
-        weights = [1.0] * gradients.tasks if self.weights is None else list(self.weights)
+        if isinstance(self.weights, Mapping):
+            weights = [self.weights[name] for name in gradients.names]
+        else:
+            weights = [1.0] * gradients.tasks if self.weights is None else list(self.weights)
+        if len(weights) > gradients.tasks and self.tasks is not None:  # of all tasks; some reach nothing shared
+            weights = [weights[place] for place in self.positions(gradients.names)]
         return detente.Combination(weights=torch.tensor(weights, dtype=torch.float64), status=self.status)
 
 

@@ -259,7 +259,9 @@ class ExactPass(Pass):
         found = []
         for tensor, piece in zip(self.columns, pieces, strict=True):
             if self.sparse and (entries := self.sparse.get(tensor)) is not None:
-                piece = torch.sparse_coo_tensor(entries[None], piece[entries], piece.shape, is_coalesced=True)
+                piece = torch.sparse_coo_tensor(
+                    entries[None], piece[entries], piece.shape, is_coalesced=True, check_invariants=False
+                )
             found.append((tensor, piece))
         return found
 

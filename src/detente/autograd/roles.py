@@ -397,7 +397,6 @@ def _on_features(
     ]
     encoder = list(dict.fromkeys(leaf for found in behind for leaf in found.leaves))
     inside = set(encoder)
-    _check_reads(names, losses, heads, inside, named)
     past, left_out = heads.leaves, []
     met = [leaf for leaf, mask in past.items() if mask & (mask - 1)]
     if named.shared is not None:
@@ -417,6 +416,7 @@ def _on_features(
             found = [leaf for leaf in found if isinstance(leaf, nn.Parameter)]
         memory.remember(found)
         chosen = set(memory.shared())
+    _check_reads(names, losses, heads, chosen, named)
     candidates = inside | set(past) if named.task_specific is None else set(named.task_specific)
     apart = candidates - chosen - set(left_out)
     misplaced = [leaf for leaf in encoder if leaf in apart]
@@ -479,23 +479,22 @@ def _check_reads(
     names: Sequence[str],
     losses: Sequence[torch.Tensor],
     heads: Walk,
-    inside: set[torch.Tensor],
+    shared: set[torch.Tensor],
     named: Named,
 ) -> None:
-    """Check that a loss that reaches what lies behind the features does so through them.
+    """Check that a loss that reaches shared parameters depends on the features.
 
     Raises:
         ValueError: one does not; the task is named.
     """
-    told = "branches" if named.branches is not None else "features="
+    told = "its branch" if named.branches is not None else "features="
     for task, name in enumerate(names):
         if not losses[task].requires_grad or _depends(heads, task):
             continue
-        around = [leaf for leaf, mask in heads.leaves.items() if mask >> task & 1 and leaf in inside]
-        if around:
+        if any(mask >> task & 1 and leaf in shared for leaf, mask in heads.leaves.items()):
             raise ValueError(
-                f"the loss of task {name!r} does not depend on {told}, but reaches the encoder past them. Compute it "
-                "from the tensor you pass (not from a recomputed copy), or leave the task out of this step."
+                f"the loss of task {name!r} does not depend on {told}, but reaches shared parameters past it. Compute "
+                "it from the tensor you pass (not from a recomputed copy), or leave the task out of this step."
             )
 
 
