@@ -10,7 +10,6 @@ from torch import nn
 from twins.engine import Spy, assert_grads, expected
 
 import detente
-from detente.autograd.partition import CompiledModel
 
 
 class Net(nn.Module):
@@ -50,11 +49,19 @@ def wanted(net: Net) -> list[torch.Tensor | None]:
     return expected(losses_of(*net(X)), net.parameters(), WEIGHTS)
 
 
-def test_one_piece_asks_for_the_shared_parameters() -> None:
+def test_one_piece_is_told_apart_by_its_gradients() -> None:
     net = Net()
     whole = compiled(net)
-    with pytest.raises(CompiledModel, match=r"compiled as one piece.*shared="):
-        detente.backward(losses_of(*whole(X)), Spy())
+    detente.backward(losses_of(*whole(X)), Spy(weights=WEIGHTS))
+    assert_grads(net.parameters(), wanted(net), rtol=1e-4, atol=1e-6)
+
+
+def test_one_piece_asks_for_the_shared_parameters_where_no_gradients_tell() -> None:
+    net = Net()
+    whole = compiled(net)
+    method = detente.create("mgda")
+    with pytest.raises(ValueError, match=r"compiled or scripted model.*memory='low'.*shared="):
+        detente.backward(losses_of(*whole(X)), method, memory="low")
     assert all(parameter.grad is None for parameter in net.parameters())
     for names in (
         {"shared": net.trunk},

@@ -150,6 +150,32 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
     return Walk(found, stopped, overlap, unsure, certain)
 
 
+def beside(roots: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return, for each operation that uses several leaves, those leaves: a layer's weight and bias.
+
+    A weight is also found behind a transposition.
+    """
+    todo = [gradient_edge(root)[0] for root in roots if root.requires_grad]
+    seen = set(todo)
+    found = []
+    while todo:
+        together: list[torch.Tensor] = []
+        for child, _ in todo.pop().next_functions:
+            if child is None:
+                continue
+            if type(child) is not _ACCUMULATE and child not in seen:
+                seen.add(child)
+                todo.append(child)
+            below: Any = child
+            if type(child).__name__ in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
+                below = child.next_functions[0][0]
+            if type(below) is _ACCUMULATE:
+                together.append(below.variable)
+        if len(together) > 1:
+            found.append(together)
+    return found
+
+
 @dataclass(frozen=True)
 class _Graph:
     """Hold the nodes of a walk, parents first, with their edges, the masks of the roots, and what their classes do."""

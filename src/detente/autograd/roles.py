@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from detente.autograd.branches import Branches, is_branch
-from detente.autograd.graph import Edge, Walk, gradient_edge, walk
+from detente.autograd.graph import Edge, Walk, beside, gradient_edge, walk
 from detente.autograd.ranks import Ranks
 from detente.values import Space
 
@@ -272,7 +272,7 @@ def find_roles(
         apart = set(named.task_specific)
         chosen = [leaf for leaf in leaves if leaf not in apart]
     else:
-        chosen, open_ones, left_out = _discover(seen, memory)
+        chosen, open_ones, left_out = _discover(losses, seen, memory)
         if open_ones and mode == "low":
             raise ValueError(_open(open_ones, "memory='low' takes no task gradients"))
     columns = (*chosen, *open_ones)
@@ -298,7 +298,7 @@ def find_roles(
 
 
 def _discover(
-    seen: Walk, memory: Memory
+    losses: Sequence[torch.Tensor], seen: Walk, memory: Memory
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """Return the shared parameters, those left open (the likelier shared ones first), and leaves left out."""
     met = [leaf for leaf, mask in seen.leaves.items() if mask & (mask - 1)]
@@ -316,7 +316,28 @@ def _discover(
         met = [leaf for leaf in met if id(leaf) not in undecided]
         open_ones.sort(key=lambda leaf: leaf in memory.evidence)
     memory.remember(met)
+    if met and not all(isinstance(leaf, nn.Parameter) for leaf in seen.leaves):
+        memory.remember(_forgotten(losses, seen, met))
     return memory.shared(), open_ones, left_out
+
+
+def _forgotten(
+    losses: Sequence[torch.Tensor], seen: Walk, shared: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return parameters of shared layers that only one loss reaches because the others differentiate.
+
+    A derivative with respect to an input forgets what was only added: the bias of an output layer is reached by the
+    loss of the values alone (a data or boundary loss), and belongs to the network all the same. It is known by the
+    shared weight beside it.
+    """
+    known = {id(leaf) for leaf in shared}
+    found = {}
+    for together in beside(losses):
+        if any(id(leaf) in known for leaf in together):
+            for leaf in together:
+                if id(leaf) not in known and isinstance(leaf, nn.Parameter) and leaf in seen.leaves:
+                    found[id(leaf)] = leaf
+    return list(found.values())
 
 
 def settle(
