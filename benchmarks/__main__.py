@@ -62,7 +62,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="benchmarks to run (default: all)")
     parser.add_argument("--page", type=Path, help="also write a page in Markdown")
-    parser.add_argument("--base", metavar="REV", help="commit to compare with (default: each benchmark's own)")
+    parser.add_argument(
+        "--base", metavar="REV", help="commit to compare with (default: each benchmark's own)"
+    )
     options = parser.parse_args(arguments)
     known = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")]
     unknown = [name for name in options.names if name not in known]

@@ -3,21 +3,23 @@
 Two processes live side by side and import one tree's package each; the networks are this tree's for both. They take
 turns, one waiting while the other computes, and change who comes first with every turn. A turn is a number of steps of
 `detente.backward` with `mgda`, forward pass included, in processor time on one thread. A ratio is that of one turn; the
-median and the range are shown, and promised is a median of at most 1.03 over 20 turns of both. `--base HEAD` on a clean
-tree shows what the machine alone does to these ratios. Before the turns both processes take one step from the same
-seed; networks on which the gradients differ by more than rounding are named.
+median and the range are shown, and promised is a median of at most 1.03 over at least 20 turns of both. After seven
+turns both processes begin anew: where memory happens to lie makes the same code some percent slower or faster for as
+long as a process lives. `--base HEAD` on a clean tree shows what the machine alone does to these ratios. Before the
+turns both take one step from the same seed; networks on which the gradients differ by more than rounding are named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from benchmarks._base import BASE, ROOT, NoBase, environment, tree
 from benchmarks._networks import Case, lenet, recurrent, resnet, transformer
 
 LIMIT = 1.03
-TURNS = 21
+TURNS, GENERATIONS = 7, 3
 # Processor seconds of one turn; a step that takes longer is a turn of its own.
 TURN = 0.2
 # Name and number of tasks, batch where it is not the network's own: T rows of a ResNet take 0.4 GB with 8 tasks.
@@ -38,7 +40,8 @@ NETWORKS: dict[str, Callable[..., Case]] = {
     "transformer": transformer,
     "GRU": recurrent,
 }
-CASES: tuple[tuple[str, int, int | None], ...] = (
+Size = tuple[str, int, int | None]
+SIZES: tuple[Size, ...] = (
     *(("LeNet", tasks, None) for tasks in (2, 3, 8, 40)),
     *(("ResNet-18", tasks, batch) for tasks, batch in ((2, None), (3, None), (8, 16))),
     *(("transformer", tasks, batch) for tasks, batch in ((2, None), (3, None), (8, None), (40, 4))),
@@ -127,51 +130,54 @@ class Worker:
 
 @dataclass
 class Row:
-    """One network: seconds of a step of the other commit (median), the turns' ratios, and whether gradients agree."""
+    """One network: what both commits took in every turn, and whether their gradients agree."""
 
     name: str
     tasks: int
-    seconds: float
-    ratios: list[float]
-    same: bool
+    here: list[float] = field(default_factory=list)
+    there: list[float] = field(default_factory=list)
+    same: bool = True
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of every turn."""
+        return [a / b for a, b in zip(self.here, self.there, strict=True)]
 
 
-def compare(here: Worker, there: Worker, case: tuple[str, int, int | None], turns: int = TURNS) -> Row:
-    """Let both processes take turns on one network."""
-    name, tasks, batch = case
+def take_turns(here: Worker, there: Worker, size: Size, row: Row, turns: int) -> None:
+    """Let both processes take turns on one network, and add what they took to its row."""
+    name, tasks, batch = size
     told = [worker.ask(network=name, tasks=tasks, batch=batch)["told"] for worker in (here, there)]
-    scale = max(abs(told[1][0]), 1e-30)
-    same = all(math.isclose(a, b, abs_tol=SAME * scale) for a, b in zip(*told, strict=True))
+    near = SAME * max(abs(told[1][0]), 1e-30)
+    row.same &= all(math.isclose(a, b, abs_tol=near) for a, b in zip(*told, strict=True))
     here.ask(steps=1)  # both warm up; the second step of the other one tells how long a turn is
     there.ask(steps=1)
     steps = max(1, round(TURN / max(there.ask(steps=1)["seconds"], 1e-6)))
-    mine, theirs = [], []
-    for turn in range(turns):
-        order = ((here, mine), (there, theirs))
-        for worker, seconds in order if turn % 2 == 0 else reversed(order):
+    order = [(here, row.here), (there, row.there)]
+    for _ in range(turns):
+        for worker, seconds in order:
             seconds.append(worker.ask(steps=steps)["seconds"])
-    pairs = zip(mine, theirs, strict=True)
-    return Row(name, tasks, statistics.median(theirs), [a / b for a, b in pairs], same)
+        order.reverse()
 
 
 def rows(
-    base: str, cases: tuple[tuple[str, int, int | None], ...] = CASES, turns: int = TURNS
-) -> Iterator[Row]:
-    """One row per network.
+    base: str, sizes: Sequence[Size] = SIZES, turns: int = TURNS, generations: int = GENERATIONS
+) -> list[Row]:
+    """Measure every network: so many turns of both commits in each generation of processes.
 
     Raises:
         NoBase: the other commit is not here.
     """
+    found = [Row(name, tasks) for name, tasks, _ in sizes]
     with tree(base) as folder:
-        workers: list[Worker] = []
-        try:
-            for place in (ROOT, folder):
-                workers.append(Worker(place))
-            for case in cases:
-                yield compare(*workers, case, turns)
-        finally:
-            for worker in workers:
-                worker.close()
+        for _ in range(generations):
+            with contextlib.ExitStack() as stack:
+                here, there = (
+                    stack.enter_context(contextlib.closing(Worker(place))) for place in (ROOT, folder)
+                )
+                for size, row in zip(sizes, found, strict=True):
+                    take_turns(here, there, size, row, turns)
+    return found
 
 
 def _told(ratios: list[float]) -> str:
@@ -186,16 +192,19 @@ def _verdict(ratios: list[float]) -> str:
 def main(base: str = BASE) -> None:
     """Print the ratios of every network, and of all together."""
     everything: list[float] = []
-    print(f"exact step of this tree / of {base}, {TURNS} turns each; milliseconds are those of {base}")
     try:
-        for row in rows(base):
-            everything += row.ratios
-            note = "" if row.same else "   the gradients differ"
-            line = f"{row.name:12} T = {row.tasks:<3}{1000 * row.seconds:9.1f} ms {_told(row.ratios)}"
-            print(f"{line}  {_verdict(row.ratios)}{note}", flush=True)
+        found = rows(base)
     except NoBase as error:
         print(f"left out: {error}")
         return
+    print(
+        f"exact step of this tree / of {base}, {TURNS * GENERATIONS} turns each; milliseconds are those of {base}"
+    )
+    for row in found:
+        everything += row.ratios
+        note = "" if row.same else "   the gradients differ"
+        line = f"{row.name:12} T = {row.tasks:<3}{1000 * statistics.median(row.there):9.1f} ms {_told(row.ratios)}"
+        print(f"{line}  {_verdict(row.ratios)}{note}")
     print(f"{'all turns':33}{_told(everything)}  {_verdict(everything)}")
 
 

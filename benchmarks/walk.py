@@ -3,12 +3,12 @@
 The step is the third of `mgda` on two tasks (a linear trunk and two linear heads), when everything has been imported,
 sized and cached. `sys.setprofile` sees every call; a function is the first line of a `def` in a file below
 `src/detente`, so that what dataclasses generate does not count. Promised are at most 14 files and 75 functions in the
-exact space; on the features, and on branches of them, the same is shown. "Frames" counts by qualified name, and with the
-comprehensions, generators and lambdas inside the functions, each of which is one more thing to read (Python 3.12 and
-later run most comprehensions without a frame, so that these numbers are to be held beside others of one version only).
+exact space; on the features, and on branches of them, the same is shown. "Frames" counts by qualified name, and with
+the comprehensions, generators and lambdas inside the functions, each of which is one more thing to read. Python 3.12
+and later run most comprehensions without a frame: hold these numbers beside others of one version only.
 
-Below it the package lines of the rooms that a step walks through, without docstrings, comments and blank lines. Both are
-counted for another commit too (`--base REV`).
+Below it the package lines of the rooms that a step walks through, without docstrings, comments and blank lines. Both
+are counted for another commit too (`--base REV`).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _third(way: str) -> Walk:
         for parameter in (p for module in (trunk, *heads) for p in module.parameters()):
             parameter.grad = None
         z = trunk(inputs)
-        read: Any = {name: z for name in ("left", "right")}
+        read: Any = dict.fromkeys(("left", "right"), z)
         given: dict[str, Any] = {"features": z} if way == "features" else {}
         if way == "branches":
             read = given["features"] = detente.branch(z, ("left", "right"))  # type: ignore[attr-defined]
@@ -123,6 +123,15 @@ def _third(way: str) -> Walk:
 
 # ---- lines
 
+_NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+
 
 def code_lines(text: str) -> int:
     """Lines of a module that hold code: neither docstrings nor comments nor nothing.
@@ -131,17 +140,15 @@ def code_lines(text: str) -> int:
         >>> code_lines('def f():\\n    "Tell."\\n\\n    # why\\n    return (1,\\n            2)\\n')
         3
     """
-    told = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    told.add((first.lineno, first.col_offset))
-    none = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    told = {
+        (node.body[0].lineno, node.body[0].col_offset)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None
+    }
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in none and token.start not in told:
+        if token.type not in _NO_CODE and token.start not in told:
             lines.update(range(token.start[0], token.end[0] + 1))
     return len(lines)
 
