@@ -103,9 +103,13 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        package = self._read()["package"]
-        if Path(package) != (folder / "src" / "detente").resolve():
-            raise RuntimeError(f"{package} was imported instead of the package below {folder}")
+        try:
+            package = self._read()["package"]
+            if Path(package) != (folder / "src" / "detente").resolve():
+                raise RuntimeError(f"{package} was imported instead of the package below {folder}")
+        except RuntimeError:
+            self.close()
+            raise
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for the answer."""
