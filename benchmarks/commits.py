@@ -66,7 +66,6 @@ def _answer(request: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
         size = {} if request["batch"] is None else {"batch": request["batch"]}
         case = NETWORKS[request["network"]](request["tasks"], **size)
         current.update(case=case, method=detente.create("mgda"))
-        torch.manual_seed(1)  # dropout
         _step(**current)
         gradient = torch.cat([p.grad.flatten().double() for p in case.shared if p.grad is not None])
         pattern = torch.arange(gradient.numel(), dtype=torch.float64).cos()

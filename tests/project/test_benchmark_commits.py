@@ -32,9 +32,12 @@ def unused():
 
 
 class Thing:
+    def inner(self):
+        return 0
+
     @property
     def size(self):
-        return outer(2)
+        return outer(2) + self.inner()
 """
 
 
@@ -60,7 +63,8 @@ def test_functions_are_the_first_lines_of_defs(tmp_path: Path, package: Any) -> 
     assert seen.frames == 4  # with the generator and the lambda
     assert seen.frame_calls == 4 + 4 + 2
     both = walk.entered(lambda: names["two.py"]["Thing"]().size + names["one.py"]["outer"](1), tmp_path)
-    assert both.files == {"inside/one.py": 2, "inside/two.py": 3}
+    assert both.files == {"inside/one.py": 2, "inside/two.py": 4}
+    assert both.frames == 4 + 6  # two functions of one name are two
     assert walk.entered(lambda: names["one.py"]["outer"](3), tmp_path / "elsewhere").files == {}
     assert sys.getprofile() is None
 
@@ -73,6 +77,20 @@ def test_the_third_step_is_counted_in_every_way() -> None:
         assert 0 < len(told.files) < told.functions <= told.calls
         assert not any(file.startswith(("/", "..")) for file in told.files)
     assert walk.walks() == seen  # nothing is imported, sized or cached in the third step
+
+
+def test_two_steps_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    backward = detente.backward
+
+    def noting(*given: Any, **options: Any) -> Any:
+        taken.append("step")
+        return backward(*given, **options)
+
+    monkeypatch.setattr(detente, "backward", noting)
+    monkeypatch.setattr(walk, "entered", lambda run, below: taken.append(f"count in {below.name}"))
+    walk.walks()
+    assert taken[:3] == ["step", "step", "count in detente"]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +179,15 @@ def test_a_commit_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_methods_own_time_is_taken_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a clock that moves by one whenever it is read: 1 for a plain step, 3 with a method that takes 1 of them."""
-    ticks = itertools.count()
-    monkeypatch.setattr(branches, "CLOCK", lambda: float(next(ticks)))
-    table = branches.measure(many_heads(3, 8, 16), 1.15, rounds=2)
+    """On a clock that moves by one whenever it is read: 1 for a plain step, 3 with a method that takes 1 of them.
+
+    In the three rounds to warm up it moves by 100.
+    """
+    case = many_heads(3, 8, 16)
+    slow = 3 * sum(4 if run.step.__name__ == "step" else 2 for run in branches.runs(case).values())
+    ticks = itertools.accumulate(itertools.chain(itertools.repeat(100.0, slow), itertools.repeat(1.0)))
+    monkeypatch.setattr(branches, "CLOCK", lambda: next(ticks))
+    table = branches.measure(case, 1.15, rounds=2)
     by_way = {row.way: row for row in table.rows}
     assert set(by_way) - {"branches"} == {"plain", "stacked", "unbranched"}
     assert by_way["stacked"].ratios == [1.0, 1.0]
