@@ -1,6 +1,7 @@
 """Runs the benchmarks of this folder, one after the other; ``--page FILE`` also writes what they print as a page.
 
-A page that exists keeps the sections of benchmarks that were not run.
+A page that exists keeps the sections of benchmarks that were not run. ``--base REV`` names the commit with which those
+compare that look at another one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import pkgutil
@@ -60,6 +62,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="benchmarks to run (default: all)")
     parser.add_argument("--page", type=Path, help="also write a page in Markdown")
+    parser.add_argument(
+        "--base", metavar="REV", help="commit to compare with (default: each benchmark's own)"
+    )
     options = parser.parse_args(arguments)
     known = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")]
     unknown = [name for name in options.names if name not in known]
@@ -77,7 +82,8 @@ def main(arguments: list[str]) -> int:
         start = time.perf_counter()
         print(f"\n== {name}", flush=True)
         with contextlib.redirect_stdout(_Tee()) as kept:
-            module.main()
+            takes_base = options.base is not None and "base" in inspect.signature(module.main).parameters
+            module.main(**({"base": options.base} if takes_base else {}))
         print(f"({time.perf_counter() - start:.0f} s)", flush=True)
         told = f"{(module.__doc__ or '').strip()}\n\n```text\n{kept.getvalue().rstrip()}\n```"
         sections[name] = f"## {name}\n\n{told}\n\nMeasured with {machine}.\n"

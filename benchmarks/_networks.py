@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ class Case:
     Attributes:
         name: for the table.
         tasks: T.
-        forward: runs the network; returns the representation and the T losses.
+        encode: runs the trunk; returns the representation.
+        heads: runs the heads, each on the representation under its task's name ("0", "1", …); returns the T losses.
         shared: parameters of the trunk.
         own: parameters of each head.
         batch: examples.
@@ -27,10 +28,16 @@ class Case:
 
     name: str
     tasks: int
-    forward: Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]
+    encode: Callable[[], torch.Tensor]
+    heads: Callable[[Mapping[str, torch.Tensor]], list[torch.Tensor]]
     shared: list[nn.Parameter]
     own: list[list[nn.Parameter]]
     batch: int
+
+    def forward(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the network, all heads on the same tensor; returns the representation and the T losses."""
+        features = self.encode()
+        return features, self.heads({str(task): features for task in range(self.tasks)})
 
     def clear(self) -> None:
         """Forget every gradient."""
@@ -75,13 +82,12 @@ def _case(
     batch = len(inputs)
     labels = torch.randint(0, classes, (len(heads), batch))
 
-    def forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        features = trunk(inputs)
-        losses = [F.cross_entropy(h(features), y) for h, y in zip(heads, labels, strict=True)]
-        return features, losses
+    def read(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        pairs = zip(heads, labels, strict=True)
+        return [F.cross_entropy(h(features[str(task)]), y) for task, (h, y) in enumerate(pairs)]
 
     own = [list(head.parameters()) for head in heads]
-    return Case(name, len(heads), forward, list(trunk.parameters()), own, batch)
+    return Case(name, len(heads), lambda: trunk(inputs), read, list(trunk.parameters()), own, batch)
 
 
 def lenet(tasks: int = 2, batch: int = 256) -> Case:
@@ -92,13 +98,12 @@ def lenet(tasks: int = 2, batch: int = 256) -> Case:
     images = torch.randn(batch, 1, 28, 28)
     labels = torch.randint(0, 10, (tasks, batch))
 
-    def forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        output = model(images)
-        losses = [F.cross_entropy(z, y) for z, y in zip(output.predictions.values(), labels, strict=True)]
-        return output.features, losses
+    def read(features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        pairs = enumerate(zip(names, labels, strict=True))
+        return [F.cross_entropy(model.heads[name](features[str(task)]), y) for task, (name, y) in pairs]
 
     own = [model.task_parameters(name) for name in names]
-    return Case("LeNet", tasks, forward, model.shared_parameters(), own, batch)
+    return Case("LeNet", tasks, lambda: model.encode(images), read, model.shared_parameters(), own, batch)
 
 
 def resnet(tasks: int, batch: int = 32, side: int = 64) -> Case:

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.methods import rows
+from detente.training.processes import threads
 
 TARGET = Path("docs/results/method-times.csv")
 
@@ -21,7 +22,7 @@ def main() -> None:
     """Write method, T, our seconds and TorchJD's (empty where it has no such method)."""
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     temporary = TARGET.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with threads(1), open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["method", "T", "seconds", "torchjd"])
         writer.writeheader()
         for row in rows():
