@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detente.models.output import Output
+from detente.models.output import Branching, Output
 
 __all__ = ["LeNet"]
 
@@ -94,13 +94,22 @@ class LeNet(nn.Module):
         hidden = F.relu(F.max_pool2d(self.channel_dropout(self.conv2(hidden)), 2))
         return F.relu(self.linear(hidden.flatten(1)))
 
-    def predict(self, features: Tensor) -> dict[str, Tensor]:
-        """Run the heads alone on a representation [B, 50]: task name to logits [B, outputs]."""
-        return {task: head(features) for task, head in self.heads.items()}
+    def predict(self, features: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the heads alone on a representation [B, 50], or each on its branch: task name to logits [B, outputs]."""
+        return {
+            task: head(features if isinstance(features, Tensor) else features[task])
+            for task, head in self.heads.items()
+        }
 
-    def forward(self, images: Tensor) -> Output:
-        """Compute representation and logits of float images [B, 1, size, size]."""
-        features = self.encode(images)
+    def forward(self, images: Tensor, branch: Branching | None = None) -> Output:
+        """Compute representation and logits of float images [B, 1, size, size].
+
+        With ``branch`` (:func:`detente.branch`) each head reads a branch of its own, and the branches are the output's
+        representation.
+        """
+        features: Tensor | Mapping[str, Tensor] = self.encode(images)
+        if branch is not None:
+            features = branch(features, list(self.heads))
         return Output(features, self.predict(features))
 
     def shared_parameters(self) -> list[nn.Parameter]:
