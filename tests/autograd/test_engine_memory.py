@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twins.engine import Spy, Weighting
 
 import detente
-import detente.autograd.host
+import detente.autograd.numbers
 import detente.step
 
 TASKS = ("a", "b", "c")
@@ -182,7 +182,7 @@ class _Scalars(TorchDispatchMode):
 )
 def test_one_copy_to_the_host(monkeypatch: pytest.MonkeyPatch, name: str, mode: str, copies: int) -> None:
     model, calls = Model(), Counter()
-    original = detente.autograd.host.to_host
+    original = detente.autograd.numbers.to_host
 
     def counted(tensors: Any) -> Any:
         calls["to_host"] += 1

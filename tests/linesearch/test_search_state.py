@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import detente
-import detente.autograd.host
+import detente.autograd.numbers
 from detente.linesearch import Backtracking, FastBacktracking, SearchOptions, SearchRecord
 from detente.methods import Method
 from detente.values import Combination

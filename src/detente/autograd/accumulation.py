@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from detente.autograd.batched import TAKE
 from detente.autograd.jacobian import ExactPass, Rows, exact_pass, rows_for
 from detente.autograd.layout import Layout
 from detente.autograd.roles import Roles
@@ -66,7 +67,7 @@ class Accumulation:
         places, totals = self._know(step, layout), step.totals or (1.0,) * len(step.names)
         assert self._rows is not None
         added = _AddedRows(layout, self._rows, places, totals, step)
-        walked = exact_pass(replace(step, factor=None), added)
+        walked = exact_pass(replace(step, factor=None), added, TAKE[step.request.mode])
         for place, loss, total, own in zip(places, step.losses, totals, walked.own, strict=True):
             self._totals[place] += total
             self._losses[place] = self._losses[place] + total * loss.detach().to(torch.float64)
@@ -103,6 +104,7 @@ class Accumulation:
             certain = sum(1 << task for task, name in enumerate(self._names) if name in self._certain)
         roles = replace(
             self._roles,
+            tasks=everyone,
             reached=(everyone,) * len(self._roles.shared),
             own=((),) * len(self._names),
             certain=certain,
@@ -171,7 +173,7 @@ class _AddedRows(Rows):
     ) -> None:
         super().__init__(layout, jacobian)
         self.places, self.factors = places, factors
-        self._row = step.memory.buffer(1, layout.columns, jacobian)[0]
+        self._row = step.memory.buffer(1, layout.columns, jacobian.dtype, jacobian.device)[0]
 
     def row(self, task: int) -> torch.Tensor:
         """Return [P] for the gradients of one task at a time."""

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from detente.autograd.layout import Layout
 from detente.autograd.entries import dense, real
-from detente.autograd.gramian import gramian
-from detente.autograd.roles import Memory
+from detente.autograd.layout import Layout
+from detente.autograd.numbers import gramian
 from detente.autograd.ranks import Ranks
+from detente.autograd.roles import Memory
 
 Groups = list[list[torch.Tensor]]
 
@@ -88,7 +88,8 @@ class Buckets:
         width = max(1, -(-layout.columns // size))
         entries = self._tasks * width
         # The rows of all ranks' columns, and on several processes the sum of those of this rank's.
-        held = self._memory.buffer(1, (size + (size > 1)) * entries, layout.like)[0]
+        count, device = (size + (size > 1)) * entries, layout.tensors[0].device
+        held = self._memory.buffer(1, count, layout.dtype, device)[0]
         self._rows = held[: size * entries].view(size, self._tasks, width).zero_()
         self._part = held[size * entries :].view(-1, width)
         ends = np.cumsum([0, *(Layout((leaf,)).columns for leaf in layout.tensors)]).tolist()

@@ -9,27 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
+from detente.autograd.batched import TAKE
 from detente.autograd.features import FeaturesPass, features_pass
-from detente.autograd.gramian import Blocks, blocks_of
-from detente.autograd.host import to_host
-from detente.autograd.jacobian import ExactPass, Pass, SummedRows, exact_pass, layer_pass
+from detente.autograd.jacobian import ExactPass, Pass, SummedRows, exact_pass
+from detente.autograd.layer import layer_pass
 from detente.autograd.layout import Gradients, Layout, gradients_of, present, probes, seeds_of
-from detente.autograd.losses import (
-    Losses,
+from detente.autograd.losses import Losses
+from detente.autograd.low import low_pass
+from detente.autograd.numbers import (
+    blocks_of,
     check_gradients,
     check_losses,
     check_own,
-    named_losses,
+    to_host,
 )
-from detente.autograd.low import low_pass
 from detente.autograd.reduction import check_own_of_all, doubtful
 from detente.autograd.roles import Memory, Roles
-from detente.autograd.step import Step, multiplied
+from detente.autograd.step import Step, multiplied, named_losses
 from detente.values import TaskGradients
 
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
@@ -63,17 +63,18 @@ class Taken:
         Raises:
             ValueError: weights are needed and there are none.
         """
-        if weights is None and self.walked.jacobian is None:
+        if weights is None and (self.walked.jacobian is None or self.gradients.space == "layer"):
             raise ValueError(
-                "memory='low' keeps no task gradients, and this method's direction is no weighted sum of them in this "
-                "step. Use memory='fast'."
+                "solve_on= needs one weight for each task, and this method gives none."
+                if self.walked.jacobian is not None
+                else "memory='low' keeps no task gradients, and this method's direction is no weighted sum of them in "
+                "this step. Use memory='fast'."
             )
-        if weights is None and self.gradients.space == "layer":
-            raise ValueError("solve_on= needs one weight for each task, and this method gives none.")
         found, reduction = self.walked.carry(direction, weights), self.step.reduction
         if self.walked.complete:
-            return [pair for pair in found if pair[0] in self.touched]
-        if reduction is not None:
+            if len(self.touched) < len(found) or not self.touched.issuperset(self.columns):
+                found = [pair for pair in found if pair[0] in self.touched]
+        elif reduction is not None:
             found = reduction.gradients(reduction.shared, found, self.touched)
         return found
 
@@ -85,19 +86,23 @@ class Taken:
                 no parameter and was left out.
         """
         step, reduction = self.step, self.step.reduction
+        here: Gradients = []
+        if weights is None and reduction is None and not step.roles.left_out:
+            for task in self.walked.own:
+                here += task
+            return here
         factors = [1.0] * len(step.names)
         if weights is not None:
-            for task, weight in zip(step.inside, weights.tolist(), strict=True):
-                factors[task] = weight
+            for place, weight in zip(step.inside, weights.tolist(), strict=True):
+                factors[place] = weight
         left_out = set(step.roles.left_out)
         settled = set(self.walked.settled_own) if isinstance(self.walked, ExactPass) else set()
-        here: Gradients = []
         own: Gradients = []
-        for task, (factor, gradients) in enumerate(zip(factors, self.walked.own, strict=True)):
+        for place, (factor, gradients) in enumerate(zip(factors, self.walked.own, strict=True)):
             for tensor, gradient in gradients:
                 if tensor in left_out:
                     # Inputs are each rank's own: what a plain backward of its losses gives.
-                    here.append((tensor, gradient / step.shares[task] if step.shares else gradient))
+                    here.append((tensor, gradient / step.shares[place] if step.shares else gradient))
                     continue
                 part = gradient if factor == 1.0 else gradient * factor
                 (here if reduction is None or tensor in settled else own).append((tensor, part))
@@ -121,57 +126,57 @@ def task_gradients(step: Step) -> Taken | None:
         ValueError: a loss is not finite, or the graph leaves open what is shared and the gradients do not tell.
         GradientNotFinite: a gradient is not finite; the task is named.
     """
-    walked = walk_back(step)
-    return None if walked is None else measured(walked)
-
-
-def walk_back(step: Step) -> Pass | None:
-    """Take the one pass over the graph that fits a step; None if no loss reaches a shared parameter."""
-    space = step.roles.space
+    space, mode = step.roles.space, step.request.mode
     if space == "features":
-        return features_pass(step)
-    if not step.anything:
+        return measured(features_pass(step))
+    if not (step.roles.tasks if step.reduction is None else step.reduction.anywhere):
         return None
     if space == "layer":
-        return layer_pass(step)
-    return low_pass(step) if step.mode == "low" else exact_pass(step)
+        return measured(layer_pass(step))
+    return measured(low_pass(step) if mode == "low" else exact_pass(step, take=TAKE[mode]))
 
 
 def measured(walked: Pass) -> Taken:
     """Take Gramian, losses and a check of every gradient to the host, in one copy."""
     step, roles = walked.step, walked.step.roles
+    names, reduction = step.names, step.reduction
     blocks = blocks_of(walked.columns) if "blocks" in step.request.needs and walked.columns else None
     sizes: Sequence[int] | None = None if blocks is None else blocks.sizes
     if roles.unsure and blocks is None:
         widths = Layout(roles.shared).widths
         sizes = [sum(widths[: -roles.unsure]), *widths[-roles.unsure :]]
     products = walked.products(sizes)
-    names = step.names
-    if step.reduction is None:
-        probed = probes(gradient for task in walked.own for _, gradient in task)
-        losses, seen, probed_on_host, lengths = to_host(
-            [step.losses, products, probed, _own_lengths(walked) if roles.unsure else []]
-        )
+    lengths: Sequence[torch.Tensor] = _own_lengths(walked) if roles.unsure else ()
+    if reduction is None:
+        own: list[torch.Tensor] = []
+        for task in walked.own:
+            for _, gradient in task:
+                own.append(gradient)
+        losses, seen, probed, alive = to_host([step.losses, products, probes(own), lengths])
         touched = walked.reached
     else:
-        losses, seen, unsound, lengths, touched = _summed(walked, products)
+        losses, seen, probed, alive, touched = _summed(walked, products, lengths)
     matrix = seen if sizes is None else seen.sum(axis=0)
-    inside = tuple(names[task] for task in step.inside) if len(step.inside) < len(names) else names
-    check_losses(names, losses)
-    check_gradients(inside, matrix.diagonal(), roles.space)
-    if step.reduction is None:
-        check_own(names, walked.own, probed_on_host)
-    else:
-        check_own_of_all(step.reduction, names, walked.own, unsound)
+    inside = names
+    if len(step.inside) < len(names):
+        inside = tuple(names[task] for task in step.inside)
+    # Each check looks again, and names what it finds.
+    if not np.isfinite(losses).all():
+        check_losses(names, losses)
+    if not np.isfinite(matrix.diagonal()).all():
+        check_gradients(inside, matrix.diagonal(), roles.space)
+    if reduction is not None:
+        check_own_of_all(reduction, names, walked.own, probed)
+    elif not np.isfinite(probed).all():
+        check_own(names, walked.own, probed)
     if roles.unsure and isinstance(walked, ExactPass):
         first = len(roles.shared) - roles.unsure
         if blocks is not None:
             seen = np.concatenate([seen[:first].sum(axis=0)[None], seen[first:]])
-        alive = lengths[list(step.inside)] > 0
-        walked, matrix = walked.settled(seen, alive)
+        walked, matrix = walked.settled(seen, alive[list(step.inside)] > 0)
         if blocks is not None:
             blocks = blocks_of(walked.columns)
-            seen = to_host([walked.products(blocks.sizes)])[0]
+            (seen,) = to_host([walked.products(blocks.sizes)])
     if roles.certain >= 0:
         walked, kept = _without_idle(walked, matrix.diagonal())
         matrix = matrix[np.ix_(kept, kept)]
@@ -184,25 +189,19 @@ def measured(walked: Pass) -> Taken:
         jacobian=walked.jacobian,
         activations=walked.activations,
         space=roles.space,
-        **_block_fields(blocks, seen),
     )
-    if walked.columns and "jacobian" in step.request.needs and not walked.partial:
-        layout = Layout(walked.columns)
+    if blocks is not None:
         gradients = replace(
-            gradients, columns=tuple(zip(step.memory.keys(walked.columns), layout.widths, strict=True))
+            gradients,
+            block_gramians=seen,
+            block_names=blocks.names,
+            block_sizes=blocks.sizes,
+            block_layers=blocks.layers,
         )
+    if walked.columns and "jacobian" in step.request.needs and not walked.partial:
+        keys, widths = step.memory.keys(walked.columns), Layout(walked.columns).widths
+        gradients = replace(gradients, columns=tuple(zip(keys, widths, strict=True)))
     return Taken(gradients, losses, walked.step, walked, touched)
-
-
-def _block_fields(blocks: Blocks | None, seen: np.ndarray) -> dict[str, Any]:
-    if blocks is None:
-        return {}
-    return {
-        "block_gramians": seen,
-        "block_names": blocks.names,
-        "block_sizes": blocks.sizes,
-        "block_layers": blocks.layers,
-    }
 
 
 def _own_lengths(walked: Pass) -> list[torch.Tensor]:
@@ -231,9 +230,7 @@ def _without_idle(walked: Pass, sizes: np.ndarray) -> tuple[Pass, list[int]]:
     """
     step, memory = walked.step, walked.step.memory
     names = step.names
-    memory.moved.update(
-        names[task] for task, size in zip(step.inside, sizes, strict=True) if size > 0
-    )
+    memory.moved.update(names[task] for task, size in zip(step.inside, sizes, strict=True) if size > 0)
     kept = [
         row
         for row, task in enumerate(step.inside)
@@ -247,7 +244,7 @@ def _without_idle(walked: Pass, sizes: np.ndarray) -> tuple[Pass, list[int]]:
 
 
 def _summed(
-    walked: Pass, products: torch.Tensor
+    walked: Pass, products: torch.Tensor, lengths: Sequence[torch.Tensor]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, frozenset[torch.Tensor]]:
     """Return what :func:`measured` looks at, of the whole batch, in one sum over the ranks.
 
@@ -260,9 +257,7 @@ def _summed(
     device, tasks = products.device, len(step.losses)
     pieces = [loss.detach().reshape(1).to(device, torch.float64) for loss in step.losses]
     pieces += [doubtful(walked.own, device), reduction.flags(walked.reached).to(device)]
-    flags = len(reduction.shared) + len(reduction.own)
-    if step.roles.unsure:
-        pieces.append(torch.stack([length.to(device) for length in _own_lengths(walked)]))
+    pieces += [length.reshape(1).to(device) for length in lengths]
     if walked.partial:
         pieces.append(products.reshape(-1))
     flat = reduction.ranks.sum(torch.cat(pieces))
@@ -272,6 +267,7 @@ def _summed(
         numbers, seen = numbers[:cut], numbers[cut:].reshape(products.shape)
     else:
         numbers, seen = to_host([flat, products])
+    flags = len(reduction.shared) + len(reduction.own)
     losses, unsound, rest = numbers[:tasks], numbers[tasks : 2 * tasks], numbers[2 * tasks :]
     return losses, seen, unsound, rest[flags:], reduction.read_flags(rest[:flags])
 
@@ -317,7 +313,7 @@ def _further_pass(taken: Taken, batch: Losses) -> ExactPass:
         losses.append(loss)
     everyone = (1 << len(names)) - 1
     columns = taken.columns
-    roles = Roles("exact", columns, (everyone,) * len(columns), ((),) * len(names))
+    roles = Roles("exact", everyone, columns, (everyone,) * len(columns), ((),) * len(names))
     further = replace(
         step,
         names=names,
@@ -333,7 +329,9 @@ def _further_pass(taken: Taken, batch: Losses) -> ExactPass:
         rows = SummedRows(layout, layout.like.new_empty(len(names), layout.columns), step.reduction.ranks)
     found = exact_pass(further, rows)
     if not found.reached and any(loss.requires_grad for loss in losses):
-        raise ValueError("no loss reaches a shared parameter of the step; use the same model for every batch.")
+        raise ValueError(
+            "no loss reaches a shared parameter of the step; use the same model for every batch."
+        )
     return replace(found, reached=taken.walked.reached) if step.reduction is not None else found
 
 
@@ -369,7 +367,9 @@ def weighted_backward(step: Step, weights: torch.Tensor, *, plain_heads: bool) -
     with step.recomputation as recomputation:
         plain = gradients_of(losses, apart, None, retain_graph=True) if apart else []
         recomputation.next()
-        found = gradients_of(losses, together, seeds_of(losses, weights), retain_graph=step.retain_graph)
+        found = gradients_of(
+            losses, together, seeds_of(losses, weights), retain_graph=step.request.retain_graph
+        )
     own = plain[: len(mine)] if plain_heads else found[len(shared) :]
     by_tensor = dict(zip(mine, own, strict=True))
     owners: list[Gradients] = []

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from detente.autograd.graph import gradient_edge, walk
-from detente.autograd.jacobian import Pass, reached_own
+from detente.autograd.jacobian import Pass
 from detente.autograd.layout import Gradients, Layout, gradients_of, present
 from detente.autograd.step import Step
 
@@ -45,7 +45,9 @@ class FeaturesPass(Pass):
             direction = self.by_weights(weights)
         if self.mine is not None:
             direction = direction[self.mine]
-        found = _behind(step, self.used, self.scaled(direction), encoder, retain_graph=step.retain_graph)
+        found = _behind(
+            step, self.used, self.scaled(direction), encoder, retain_graph=step.request.retain_graph
+        )
         total = dict(found)
         if any(self.direct):
             if weights is None:
@@ -68,10 +70,8 @@ def features_pass(step: Step) -> FeaturesPass:
     """
     roles = step.roles
     layout = Layout(roles.on)
-    like = layout.like
-    if like.dtype.itemsize < 4:
-        like = like.to(torch.float32)
-    jacobian = step.memory.buffer(len(step.inside), layout.columns, like)
+    dtype = torch.float32 if layout.dtype.itemsize < 4 else layout.dtype
+    jacobian = step.memory.buffer(len(step.inside), layout.columns, dtype, roles.on[0].device)
     branches = step.request.named.branches
     with _stopped_at(roles.on) if roles.stopped and branches is None else nullcontext(), step.recomputation:
         if branches is not None and not roles.entwined:
@@ -101,7 +101,7 @@ def features_pass(step: Step) -> FeaturesPass:
         direct=direct,
         plain=plain,
     )
-    return gathered(found) if step.reduction is not None and step.whole else found
+    return gathered(found) if step.reduction is not None and step.request.whole else found
 
 
 def _head_by_head(
@@ -118,7 +118,7 @@ def _head_by_head(
         read = [part for name in branches for part in branches.parts(name)]
     for task, loss in enumerate(step.scaled):
         past, mine = _past(step, task), roles.own[task]
-        keep = step.retain_graph or roles.stopped or (roles.entwined and task < last)
+        keep = step.request.retain_graph or roles.stopped or (roles.entwined and task < last)
         found = gradients_of([loss], [*read, *past, *mine], None, retain_graph=keep)
         parts = _folded(found[: len(read)], count)
         if task in step.inside:
@@ -153,7 +153,7 @@ def _at_once(
     start = len(inputs)
     for mine in roles.own:
         inputs += mine
-    found = gradients_of(step.scaled, inputs, None, retain_graph=step.retain_graph)
+    found = gradients_of(step.scaled, inputs, None, retain_graph=step.request.retain_graph)
     used = [False] * count
     own: list[Gradients] = []
     place, row = 0, 0
@@ -204,7 +204,7 @@ def _reached(
     if not all(used):
         reading = [feature for feature, one in zip(step.roles.on, used, strict=True) if one]
         behind &= walk(reading).leaves.keys()
-    return behind | reached_own([*direct, *own])
+    return behind | {tensor for task in (*direct, *own) for tensor, _ in task}
 
 
 @contextmanager
@@ -248,7 +248,11 @@ def gathered(found: FeaturesPass) -> FeaturesPass:
         before = int(table[: ranks.rank, place].sum())
         mine.append(torch.arange(first + before, first + before + width, device=jacobian.device))
         start, first = start + width, first + int(table[:, place].sum())
-    changes: dict[str, Any] = {"jacobian": torch.cat(wholes[0], dim=1), "mine": torch.cat(mine), "partial": False}
+    changes: dict[str, Any] = {
+        "jacobian": torch.cat(wholes[0], dim=1),
+        "mine": torch.cat(mine),
+        "partial": False,
+    }
     if found.activations is not None:
         changes["activations"] = torch.cat(wholes[1], dim=1)[0]
     return replace(found, **changes)

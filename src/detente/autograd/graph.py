@@ -4,17 +4,24 @@ One walk settles it for all tasks: every node carries a bit mask of the losses t
 gradient is not part of the graph, so that behind a node that packs several tasks into one tensor (a concatenation, a
 stack, a compiled model) every loss seems to reach every head. Such leaves are told apart from those that are reached
 for certain; `roles` decides what becomes of them.
+
+A backward through the graph may run modules again (activation checkpointing): :class:`Recomputation` watches over that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cache
+from typing import Any, Self, TypeAlias
 
 import torch
+from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from detente.autograd.buffers import Buffers, read_buffers, write_buffers
 
 Edge: TypeAlias = tuple[Node, int]
 
@@ -109,7 +116,8 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
             left[todo.pop()] = None
             continue
         if (kind := type(node)) not in kinds:
-            seen |= _kind(kinds, kind)
+            kinds[kind] = flags = _flags(kind)
+            seen |= flags
         edges: tuple[Any, ...] = node.next_functions
         edges_of[node] = edges
         for edge in edges:
@@ -145,8 +153,10 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
         found_unsure, certain = _Graph(order, edges_of, masks, kinds, barrier).unsure(leaves, entered)
         unsure = {leaves[node]: mask for node, mask in found_unsure.items()}
     found: dict[torch.Tensor, int] = {}
-    for node in sorted(leaves, key=lambda node: used.get(node, (0, 0))):
-        found[leaves[node]] = masks[node]
+    first_used = [(*used.get(node, (0, 0)), place) for place, node in enumerate(leaves)]
+    nodes = list(leaves)
+    for _, _, place in sorted(first_used):
+        found[leaves[nodes[place]]] = masks[nodes[place]]
     return Walk(found, stopped, overlap, unsure, certain)
 
 
@@ -198,7 +208,9 @@ class _Graph:
         """
         masks, kinds = self.masks, self.kinds
         certain: dict[Node, int] = {}
-        outputs: dict[Node, dict[int, int]] = {}  # of a node that routes: by which output which roots enter it
+        outputs: dict[
+            Node, dict[int, int]
+        ] = {}  # of a node that routes: by which output which roots enter it
         for (node, number), mask in entered.items():
             certain[node] = certain.get(node, 0) | mask
             outputs.setdefault(node, {})[number] = mask
@@ -239,8 +251,9 @@ def _of_scalars(node: Any) -> bool:
     return all(len(entry.shape) <= 1 for entry in node._input_metadata)
 
 
-def _kind(kinds: dict[type, int], kind: type) -> int:
-    """Note what nodes of this class may do, and return it.
+@cache
+def _flags(kind: type) -> int:
+    """Return what nodes of this class may do.
 
     Raises:
         ValueError: they hold reentrant activation checkpointing.
@@ -263,5 +276,40 @@ def _kind(kinds: dict[type, int], kind: type) -> int:
         flags = _ROUTES
     elif name.startswith(_SELECTING):
         flags = _SELECTS
-    kinds[kind] = flags
     return flags
+
+
+@dataclass
+class Recomputation:
+    """Keep buffers still where several backwards run the same modules again (activation checkpointing).
+
+    A plain backward runs a checkpointed part of the network once more, and so do ours, once per task. Statistics such
+    as those of batch normalisation move with the first of them, as they would in a plain backward, and are put back
+    after the others.
+    """
+
+    _before: set[nn.Module] = field(default_factory=set)
+    _now: set[nn.Module] = field(default_factory=set)
+    _kept: list[Buffers] = field(default_factory=list)
+    _handle: Any = None
+
+    def __enter__(self) -> Self:
+        self._handle = register_module_forward_pre_hook(self._see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+        self.next()
+
+    def next(self) -> None:
+        """End one backward; what ran in it stands still in those that follow."""
+        if self._now:
+            write_buffers(self._kept)
+            self._before |= self._now
+            self._now, self._kept = set(), []
+
+    def _see(self, module: nn.Module, _: Any) -> None:
+        if module._buffers and module not in self._now:
+            self._now.add(module)
+            if module in self._before:
+                self._kept.append(read_buffers(module))

@@ -7,17 +7,17 @@ or are spread over several processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from detente.autograd.graph import gradient_edge
-from detente.autograd.gramian import block_gramians, gramian
 from detente.autograd.layout import Gradients, Layout, gradients_of, lay, present, seeds_of
+from detente.autograd.numbers import block_gramians, gramian
 from detente.autograd.ranks import Ranks
 from detente.autograd.roles import Roles, settle
 from detente.autograd.step import Step
@@ -26,18 +26,19 @@ from detente.autograd.step import Step
 _LARGE = 1 << 14
 
 
+@dataclass
 class Rows:
     """Hold the rows of a Jacobian [T, P], written task by task.
 
-    Args:
+    Attributes:
         layout: the P columns.
         jacobian: [T, P].
+        partial: True if a process keeps a part of each row.
     """
 
-    partial = False
-
-    def __init__(self, layout: Layout, jacobian: torch.Tensor) -> None:
-        self.layout, self.jacobian = layout, jacobian
+    layout: Layout
+    jacobian: torch.Tensor
+    partial: ClassVar[bool] = False
 
     def row(self, task: int) -> torch.Tensor:
         """Return [P] where the gradients of a task are to be laid before it is :meth:`filled`."""
@@ -97,16 +98,16 @@ def rows_for(step: Step, tensors: Sequence[torch.Tensor], tasks: int) -> Rows:
         tasks: the number of rows.
     """
     layout, memory, reduction = Layout(tensors), step.memory, step.reduction
-    like = layout.like
-    if step.factor is not None and like.dtype.itemsize < 4:
-        like = like.to(torch.float32)  # a scaler's factor, or what it divides, is out of the range of float16
+    dtype = layout.dtype
+    if step.factor is not None and dtype.itemsize < 4:
+        dtype = torch.float32  # a scaler's factor, or what it divides, is out of the range of float16
     if reduction is None:
-        return Rows(layout, memory.buffer(tasks, layout.columns, like))
-    ranks = reduction.ranks
-    if step.whole or step.roles.space == "layer" or step.roles.unsure:
-        return SummedRows(layout, memory.buffer(tasks, layout.columns, like), ranks)
+        return Rows(layout, memory.buffer(tasks, layout.columns, dtype, tensors[0].device))
+    ranks, device = reduction.ranks, tensors[0].device
+    if step.request.whole or step.roles.space == "layer" or step.roles.unsure:
+        return SummedRows(layout, memory.buffer(tasks, layout.columns, dtype, device), ranks)
     width = -(-layout.columns // ranks.size)
-    held = memory.buffer(1, (tasks + ranks.size) * width, like)[0]
+    held = memory.buffer(1, (tasks + ranks.size) * width, dtype, device)[0]
     return ScatteredRows(layout, held, tasks, ranks)
 
 
@@ -126,9 +127,6 @@ class Arrivals:
 
     def __init__(self, leaves: Sequence[torch.Tensor]) -> None:
         self.taken: set[int] = set()
-        self.large = [
-            place for place, leaf in enumerate(leaves) if leaf.requires_grad and leaf.numel() >= _LARGE
-        ]
         self._leaves, self._backward = leaves, -1
         self._receive: Callable[[int, torch.Tensor], None] = lambda place, gradient: None
 
@@ -136,9 +134,10 @@ class Arrivals:
     def awaited(self) -> Iterator[None]:
         """While this lasts the leaves have their hooks."""
         handles = []
-        for place in self.large:
-            hook: Any = partial(self._arrived, place)
-            handles.append(self._leaves[place].register_hook(hook))  # type: ignore[no-untyped-call]
+        for place, leaf in enumerate(self._leaves):
+            if leaf.requires_grad and leaf.numel() >= _LARGE:
+                hook: Any = partial(self._arrived, place)
+                handles.append(leaf.register_hook(hook))  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -191,7 +190,10 @@ class Pass:
         reached: parameters, shared and own, that this rank's losses have gradients for.
         partial: True if this rank holds a part of each row, so that Gramians are to be added over the ranks.
         activations: [P] the flattened representation, on features.
+        complete: whether :meth:`carry` gives gradients of the whole batch, so that nothing is to be added over ranks.
     """
+
+    complete: ClassVar[bool] = False
 
     step: Step
     jacobian: torch.Tensor | None
@@ -225,11 +227,6 @@ class Pass:
         assert self.jacobian is not None
         return weights.to(device=self.jacobian.device, dtype=self.jacobian.dtype) @ self.jacobian
 
-    @property
-    def complete(self) -> bool:
-        """Whether :meth:`carry` gives gradients of the whole batch, so that nothing is to be added over the ranks."""
-        return False
-
 
 @dataclass(frozen=True)
 class ExactPass(Pass):
@@ -240,6 +237,8 @@ class ExactPass(Pass):
         sparse: parameters whose gradients were all sparse, with the rows of theirs that have entries.
         settled_own: parameters that turned out to be a task's own; their gradients are those of the whole batch.
     """
+
+    complete: ClassVar[bool] = True
 
     rows: Rows = field(kw_only=True)
     settled_own: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
@@ -253,7 +252,9 @@ class ExactPass(Pass):
             if self.partial:
                 return self.carry(self.by_weights(weights), weights)
             on_device = weights.to(device=self.jacobian.device, dtype=self.jacobian.dtype)
-            pieces = layout.weighted(self.scaled(on_device), self.jacobian)
+            if self.step.factor is not None:
+                on_device = self.scaled(on_device)
+            pieces = layout.weighted(on_device, self.jacobian)
         else:
             pieces = layout.split(self.rows.whole(self.scaled(direction)))
         found = []
@@ -264,11 +265,6 @@ class ExactPass(Pass):
                 )
             found.append((tensor, piece))
         return found
-
-    @property
-    def complete(self) -> bool:
-        """True: the rows are those of the whole batch."""
-        return True
 
     def settled(self, blocks: np.ndarray, own_alive: np.ndarray) -> tuple[ExactPass, np.ndarray]:
         """Decide by the gradients about the parameters that the graph leaves open.
@@ -321,100 +317,96 @@ class ExactPass(Pass):
         return settled, gram
 
 
-def exact_pass(step: Step, rows: Rows | None = None) -> ExactPass:
+Walked = tuple[tuple[Gradients, ...], set[torch.Tensor], dict[torch.Tensor, torch.Tensor]]
+"""Own gradients of each task; shared parameters with a gradient; rows with entries of those whose are all sparse."""
+
+
+def exact_pass(
+    step: Step, rows: Rows | None = None, take: Callable[[Step, Rows], Walked] | None = None
+) -> ExactPass:
     """Take the gradients of T losses with respect to the shared parameters [T, P] and to each task's own.
 
     Args:
         step: the losses and who owns what.
         rows: where the Jacobian goes; None takes the memory of the method.
+        take: how the rows are taken; None takes them task by task.
     """
     if rows is None:
         rows = rows_for(step, step.roles.shared, len(step.inside))
-    sparse: dict[torch.Tensor, torch.Tensor] = {}
-    if step.mode == "batched":
-        own, touched = _batched(step, rows)
-    else:
-        own, touched, sparse = _one_by_one(step, rows)
+    own, touched, sparse = (take or one_by_one)(step, rows)
     if step.factor is not None:
         rows.jacobian.mul_((1 / step.factor).to(device=rows.jacobian.device, dtype=rows.jacobian.dtype))
+    reached = set(touched)
+    for task in own:
+        for tensor, _ in task:
+            reached.add(tensor)
     return ExactPass(
         step,
         rows.jacobian,
         own,
         step.roles.shared,
-        frozenset(touched) | reached_own(own),
+        frozenset(reached),
         rows.partial,
         rows=rows,
         sparse=sparse,
     )
 
 
-def reached_own(own: Sequence[Gradients]) -> set[torch.Tensor]:
-    """Return the own parameters that have a gradient."""
-    found = set()
-    for task in own:
-        for tensor, _ in task:
-            found.add(tensor)
-    return found
-
-
-def _one_by_one(
-    step: Step, rows: Rows
-) -> tuple[tuple[Gradients, ...], set[torch.Tensor], dict[torch.Tensor, torch.Tensor]]:
-    roles, losses = step.roles, step.scaled
-    columns, reached = roles.shared, roles.reached
+def one_by_one(step: Step, rows: Rows) -> Walked:
+    """Take the gradients task by task; each head is walked once, the graph freed with the last task."""
+    roles, losses, recomputation = step.roles, step.scaled, step.recomputation
+    columns, layout = roles.shared, rows.layout
     own: list[Gradients] = []
     touched: set[torch.Tensor] = set()
     entries: dict[torch.Tensor, list[torch.Tensor] | None] = {}  # None: some task's gradient is dense
-    arrivals = Arrivals(columns)
-    last, row_number = len(losses) - 1, 0
-    recomputation = step.recomputation
-    with arrivals.awaited(), recomputation:
+    last, number = len(losses) - 1, 0
+    arrivals = Arrivals(columns) if max(layout.widths, default=0) >= _LARGE else None
+    with recomputation, nullcontext() if arrivals is None else arrivals.awaited():
         for task, loss in enumerate(losses):
-            mine, retain = roles.own[task], step.retain_graph or task < last
-            if task not in step.inside:
-                found = gradients_of([loss], mine, None, retain_graph=retain)
-                own.append(present(mine, found))
-                recomputation.next()
-                continue
-            wanted = []
-            for place, mask in enumerate(reached):
-                if mask >> task & 1:
-                    wanted.append(place)
-            inputs = [columns[place] for place in wanted]
+            mine, retain = roles.own[task], step.request.retain_graph or task < last
+            inputs, wanted = [], []
+            if task in step.inside:
+                for place, mask in enumerate(roles.reached):
+                    if mask >> task & 1:
+                        wanted.append(place)
+                        inputs.append(columns[place])
             inputs += mine
-            row = rows.row(row_number)
-            taken = arrivals.taken
-            if arrivals.large:
-                places = torch.split(row, rows.layout.widths)
+            row = rows.row(number) if task in step.inside else rows.jacobian
+            if arrivals is None or not wanted:
+                found = gradients_of([loss], inputs, None, retain_graph=retain)
+            else:
+                places = torch.split(row, layout.widths)
                 roots = [gradient_edge(loss)[0]] if loss.requires_grad else []
                 with arrivals.of_backward(roots, partial(_lay_one, places)):
                     found = gradients_of([loss], inputs, None, retain_graph=retain)
-            else:
-                found = gradients_of([loss], inputs, None, retain_graph=retain)
-            left: list[torch.Tensor | None] = [None] * len(columns)
-            for place, gradient in zip(wanted, found):  # noqa: B905, own ones follow
-                left[place] = gradient
-                if gradient is None:
-                    continue
-                tensor = columns[place]
-                if gradient.layout is not torch.strided and (tensor in entries or tensor not in touched):
-                    _note_entries(entries, tensor, gradient)
-                elif tensor in entries:
-                    entries[tensor] = None
-                touched.add(tensor)
-            if taken:
-                for place, piece in enumerate(places):
-                    if place not in taken:
-                        lay(piece, left[place])
-            else:
-                rows.layout.write(row, left)
-            rows.filled(row_number)
-            row_number += 1
             own.append(present(mine, found[len(wanted) :]))
-            del found, left  # their memory serves the next task's gradients
+            if task in step.inside:
+                left: list[torch.Tensor | None] = [None] * len(columns)
+                for place, gradient in zip(wanted, found):  # noqa: B905, own ones follow
+                    left[place] = gradient
+                    if gradient is None:
+                        continue
+                    tensor = columns[place]
+                    if gradient.layout is not torch.strided and (tensor in entries or tensor not in touched):
+                        _note_entries(entries, tensor, gradient)
+                    elif tensor in entries:
+                        entries[tensor] = None
+                    touched.add(tensor)
+                if arrivals is not None and arrivals.taken:
+                    for place, piece in enumerate(places):
+                        if place not in arrivals.taken:
+                            lay(piece, left[place])
+                else:
+                    layout.write(row, left)
+                del left
+                rows.filled(number)
+                number += 1
+            del found  # its memory serves the next task's gradients
             recomputation.next()
-    sparse = {tensor: torch.unique(torch.cat(found)) for tensor, found in entries.items() if found}
+    sparse = {}
+    for tensor, held in entries.items():
+        if held:
+            sparse[tensor] = torch.unique(torch.cat(held))
     return tuple(own), touched, sparse
 
 
@@ -433,81 +425,15 @@ def _lay_one(places: Sequence[torch.Tensor], number: int, gradient: torch.Tensor
     lay(places[number], gradient)
 
 
-def _batched(step: Step, rows: Rows) -> tuple[tuple[Gradients, ...], set[torch.Tensor]]:
-    roles, losses = step.roles, step.scaled
-    mine = [tensor for tensors in roles.own for tensor in tensors]
-    shared = [tensor for tensor, mask in zip(roles.shared, roles.reached, strict=True) if mask]
-    stacked = torch.stack([loss.reshape(()) for loss in losses])
-    seeds = torch.eye(len(losses), dtype=stacked.dtype, device=stacked.device)
-    by_tensor: dict[torch.Tensor, torch.Tensor] = {}
-    if stacked.requires_grad:  # else all tasks are absent on this rank
-        try:
-            found = torch.autograd.grad(
-                stacked,
-                [*shared, *mine],
-                seeds,
-                retain_graph=step.retain_graph,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise RuntimeError(
-                "memory='batched' takes the gradients of all tasks in one vectorised backward, and some operation of "
-                "this graph does not support that (a compiled part, or an autograd function without vmap). Use "
-                "memory='fast'."
-            ) from error
-        by_tensor = dict(present([*shared, *mine], found))
-    for row, task in enumerate(step.inside):
-        pieces = [None if (g := by_tensor.get(tensor)) is None else g[task] for tensor in roles.shared]
-        rows.layout.write(rows.row(row), pieces)
-        rows.filled(row)
-    own = tuple(
-        [(tensor, by_tensor[tensor][task]) for tensor in tensors if tensor in by_tensor]
-        for task, tensors in enumerate(roles.own)
-    )
-    return own, by_tensor.keys() & set(shared)
-
-
-@dataclass(frozen=True)
-class LayerPass(Pass):
-    """Hold task gradients with respect to some shared parameters; one weighted backward serves all the others."""
-
-    def carry(self, direction: torch.Tensor | None, weights: torch.Tensor | None) -> Gradients:
-        """Take the weighted backward through heads and trunk."""
-        assert weights is not None, "checked before"
-        return weighted_shared(self.step, weights)
-
-
-def layer_pass(step: Step) -> LayerPass:
-    """Take the gradients of T losses with respect to the layer [T, P] and to each task's own parameters."""
-    roles, layer = step.roles, step.roles.on
-    rows = rows_for(step, layer, len(step.inside))
-    own, row, recomputation = [], 0, step.recomputation
-    with recomputation:
-        for task, loss in enumerate(step.scaled):
-            mine, inside = roles.own[task], task in step.inside
-            inputs = [*layer, *mine] if inside else list(mine)
-            found = gradients_of([loss], inputs, None, retain_graph=True)
-            if inside:
-                rows.layout.write(rows.row(row), found[: len(layer)])
-                rows.filled(row)
-                row += 1
-            own.append(present(mine, found[len(layer) if inside else 0 :]))
-            recomputation.next()
-    if step.factor is not None:
-        rows.jacobian.mul_((1 / step.factor).to(device=rows.jacobian.device, dtype=rows.jacobian.dtype))
-    return LayerPass(step, rows.jacobian, tuple(own), layer, frozenset(reached_by(roles)))
-
-
 def weighted_shared(step: Step, weights: torch.Tensor) -> Gradients:
     """Return gradients of the shared parameters for the losses of the problem, weighted by one weight for each row."""
     roles = step.roles
     inside = [step.scaled[task] for task in step.inside]
     reached = [t for t, mask in zip(roles.shared, roles.reached, strict=True) if mask]
     with step.recomputation:
-        found = gradients_of(inside, reached, seeds_of(inside, weights), retain_graph=step.retain_graph)
+        found = gradients_of(
+            inside, reached, seeds_of(inside, weights), retain_graph=step.request.retain_graph
+        )
     return present(reached, found)
 
 

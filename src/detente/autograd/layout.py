@@ -130,9 +130,7 @@ def gradients_of(
     if not inputs or not outputs:
         return [None] * len(inputs)
     try:
-        return list(
-            torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True)
-        )
+        return list(torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True))
     except RuntimeError as error:
         if "donated buffer" not in str(error):
             raise
@@ -263,8 +261,10 @@ def _laid_out(gradient: torch.Tensor, like: torch.Tensor, *, copied: bool) -> to
 
 
 def _check_fits(tensor: torch.Tensor, there: torch.Tensor, gradient: torch.Tensor) -> None:
-    if there.shape != gradient.shape or there.device != gradient.device or (
-        there.dtype != gradient.dtype and not torch.can_cast(gradient.dtype, there.dtype)
+    if (
+        there.shape != gradient.shape
+        or there.device != gradient.device
+        or (there.dtype != gradient.dtype and not torch.can_cast(gradient.dtype, there.dtype))
     ):
         raise ValueError(
             f"a parameter of shape {tuple(tensor.shape)} has a .grad of shape {tuple(there.shape)}, {there.dtype} on "

@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from detente.autograd.host import to_host
 from detente.autograd.layout import Gradients, Layout, finite, probes
-from detente.autograd.losses import Losses, check_gradients, values_of
+from detente.autograd.losses import Losses, values_of
+from detente.autograd.numbers import check_gradients, to_host
 from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
 
 Samples = int | Mapping[str, int] | None
 """Examples behind this rank's losses: one number, or one for each task; None counts every rank once."""
-
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,6 @@ class Named:
             ValueError: features and solve_on are both given, or one of them is empty.
             TypeError: an entry is neither a tensor nor a module; the option is named.
         """
-        if features is None and shared is None and task_specific is None and solve_on is None:
-            return _NOTHING
         if features is not None and solve_on is not None:
             raise ValueError("give features= or solve_on=, not both: each names where the problem is solved.")
         branches = features if isinstance(features, Branches) else None
@@ -71,14 +69,6 @@ class Named:
                 raise ValueError(f"{name}= is empty; name at least one tensor, or leave it out.")
         return cls(found[0], found[1], found[2], found[3], branches)
 
-    @property
-    def roles(self) -> bool:
-        """Whether parameters were named by their role, so that nothing is discovered."""
-        return self.shared is not None or self.task_specific is not None
-
-
-_NOTHING = Named()
-
 
 @dataclass(frozen=True)
 class Roles:
@@ -86,6 +76,7 @@ class Roles:
 
     Attributes:
         space: ``exact`` (on all shared parameters), ``layer`` or ``features``.
+        tasks: bit mask of the losses that reach a shared parameter.
         shared: the shared parameters, in a stable order; those that the gradients are to decide about come last.
         reached: for each shared parameter the bit mask of the losses that reach it (0: none does in this step).
         own: for each task the parameters that take the plain gradient of its loss.
@@ -104,6 +95,7 @@ class Roles:
     """
 
     space: Space
+    tasks: int
     shared: Tensors
     reached: tuple[int, ...]
     own: tuple[Tensors, ...]
@@ -117,14 +109,6 @@ class Roles:
     entwined: bool = False
     apart: bool = False
 
-    @property
-    def tasks(self) -> int:
-        """Mask of the losses that reach a shared parameter."""
-        mask = 0
-        for one in self.reached:
-            mask |= one
-        return mask
-
     def of_tasks(self, tasks: Sequence[int]) -> Roles:
         """Return the roles for some of the losses, by their positions."""
         if list(tasks) == list(range(len(self.own))):
@@ -133,7 +117,8 @@ class Roles:
         certain = -1 if self.certain < 0 else _picked(self.certain, tasks)
         past = tuple((leaf, _picked(mask, tasks)) for leaf, mask in self.past)
         own = tuple(self.own[task] for task in tasks)
-        return replace(self, reached=reached, own=own, past=past, certain=certain)
+        reaching = _picked(self.tasks, tasks)
+        return replace(self, tasks=reaching, reached=reached, own=own, past=past, certain=certain)
 
 
 def _picked(mask: int, tasks: Sequence[int]) -> int:
@@ -202,11 +187,25 @@ class Memory:
 
     def shared(self) -> list[torch.Tensor]:
         """Return the parameters shared so far that still exist, in the order they were found."""
-        return _alive(self._shared)
+        return self.remember(())
 
-    def remember(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Add parameters that were found to be shared."""
-        _add(self._shared, tensors)
+    def remember(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Add parameters that were found to be shared; return all that still exist, in the order they were found."""
+        held, found, gone = self._shared, [], []
+        for tensor in tensors:
+            known = held.get(id(tensor))
+            if known is None or known() is not tensor:
+                held.pop(id(tensor), None)
+                held[id(tensor)] = weakref.ref(tensor)
+        for number, reference in held.items():
+            shared = reference()
+            if shared is None:
+                gone.append(number)
+            else:
+                found.append(shared)
+        for number in gone:
+            del held[number]
+        return found
 
     def own(self) -> list[torch.Tensor]:
         """Return the parameters of single tasks so far that still exist, in the order they were found."""
@@ -220,13 +219,13 @@ class Memory:
         """Return a number for each tensor that stays its own from step to step, in the order of first use."""
         return tuple(self._keys.setdefault(tensor, len(self._keys)) for tensor in tensors)
 
-    def buffer(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-        """Return a [rows, columns] tensor of the dtype and device of ``like``, the memory of last time if it fits."""
+    def buffer(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return an empty [rows, columns] tensor, in the memory of last time if it fits."""
         held = self._buffer
-        fits = held is not None and held.dtype == like.dtype and held.device == like.device
+        fits = held is not None and held.dtype == dtype and held.device == device
         if held is None or not fits or held.numel() < rows * columns:
             self._buffer = None  # let go of the old memory before asking for the new
-            held = self._buffer = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+            held = self._buffer = torch.empty(rows * columns, dtype=dtype, device=device)
         return held[: rows * columns].view(rows, columns)
 
 
@@ -256,58 +255,92 @@ def find_roles(
             representation carries no graph or a loss reads another, the graph leaves open what is shared where no
             gradients can tell, or a method that was loaded lacks a task where shared parameters are discovered.
     """
-    if not named.roles:
+    discovering = named.shared is None and named.task_specific is None
+    if discovering and memory.awaited is not None:
         memory.check_awaited(names, losses)
     if named.features is not None:
         return _on_features(names, losses, named, memory)
     seen = walk(losses)
-    _check_no_branch(seen)
-    leaves, left_out = seen.leaves, ()
+    leaves = seen.leaves
+    chosen: Sequence[torch.Tensor]
     open_ones: Sequence[torch.Tensor] = ()
-    if named.shared is not None:
-        chosen = trainable(named.shared)
-        if not part and leaves and not any(leaf in leaves for leaf in chosen):
-            check_reached(chosen)
-    elif named.task_specific is not None:
-        apart = set(named.task_specific)
-        chosen = [leaf for leaf in leaves if leaf not in apart]
-    else:
+    left_out: Sequence[torch.Tensor] = ()
+    if discovering:
         chosen, open_ones, left_out = _discover(losses, seen, memory)
         if open_ones and mode == "low":
             raise ValueError(_open(open_ones, "memory='low' takes no task gradients"))
+    else:
+        _check_no_branch(leaves)
+        chosen = _chosen(named, leaves)
+        if named.shared is not None and not part and leaves and not any(leaf in leaves for leaf in chosen):
+            check_reached(chosen)
     columns = (*chosen, *open_ones)
     taken = {*columns, *left_out}
-    candidates = (
-        leaves if named.task_specific is None else [leaf for leaf in named.task_specific if leaf in leaves]
+    # One look at each leaf: whose it is.
+    lists: list[list[torch.Tensor]] = [[] for _ in losses]
+    candidates = leaves if named.task_specific is None else named.task_specific
+    for leaf in candidates:
+        if leaf not in taken and leaf in leaves:
+            _hand_out(lists, leaf, leaves[leaf])
+    for leaf in left_out:
+        _hand_out(lists, leaf, leaves[leaf])
+    reached, tasks, certain = [], 0, 0
+    for leaf in columns:
+        mask = leaves.get(leaf, 0)
+        reached.append(mask)
+        tasks |= mask
+        certain |= seen.unsure.get(leaf, mask)
+    roles = Roles(
+        "exact",
+        tasks,
+        columns,
+        tuple(reached),
+        tuple(map(tuple, lists)),
+        unsure=len(open_ones),
+        certain=certain if seen.unsure else -1,
+        left_out=tuple(left_out),
     )
-    own = by_task({leaf: leaves[leaf] for leaf in candidates if leaf not in taken}, len(losses))
-    reached = tuple(leaves.get(leaf, 0) for leaf in columns)
-    if left_out:
-        own = _with_left_out(own, left_out, leaves)
-    certain = -1
-    if seen.unsure:
-        certain = 0
-        for leaf, mask in zip(columns, reached, strict=True):
-            certain |= seen.unsure.get(leaf, mask)
-    roles = Roles("exact", columns, reached, own, (), len(open_ones), certain, tuple(left_out))
     if named.solve_on is not None:
-        if any(reached):
+        if tasks:
             _check_layer(named.solve_on, columns)
         roles = replace(roles, space="layer", on=named.solve_on)
     return roles
+
+
+def _chosen(named: Named, leaves: Mapping[torch.Tensor, int]) -> list[torch.Tensor]:
+    """Return the shared parameters where some are named by their role."""
+    if named.shared is not None:
+        return trainable(named.shared)
+    apart = set(named.task_specific or ())
+    return [leaf for leaf in leaves if leaf not in apart]
+
+
+def _hand_out(lists: list[list[torch.Tensor]], leaf: torch.Tensor, mask: int) -> None:
+    """Add a leaf to the list of every task in a bit mask."""
+    while mask:
+        lowest = mask & -mask
+        lists[lowest.bit_length() - 1].append(leaf)
+        mask ^= lowest
 
 
 def _discover(
     losses: Sequence[torch.Tensor], seen: Walk, memory: Memory
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """Return the shared parameters, those left open (the likelier shared ones first), and leaves left out."""
-    met = [leaf for leaf, mask in seen.leaves.items() if mask & (mask - 1)]
-    left_out: list[torch.Tensor] = []
-    if not all(isinstance(leaf, nn.Parameter) for leaf in met):
-        parameters = [leaf for leaf in met if isinstance(leaf, nn.Parameter)]
-        if parameters:
-            left_out = [leaf for leaf in met if not isinstance(leaf, nn.Parameter)]
-            met = parameters
+    met: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []  # leaves that are no parameters
+    inputs = False
+    for leaf, mask in seen.leaves.items():
+        parameter = isinstance(leaf, nn.Parameter)
+        if not parameter:
+            inputs = True
+            if is_branch(leaf):
+                _check_no_branch(seen.leaves)
+        if mask & (mask - 1):
+            (met if parameter else others).append(leaf)
+    differentiated = inputs and bool(met)
+    if not met:
+        met, others = others, []
     open_ones: list[torch.Tensor] = []
     if seen.unsure:
         known = {id(leaf) for leaf in memory.shared()}
@@ -315,10 +348,10 @@ def _discover(
         undecided = {id(leaf) for leaf in open_ones}
         met = [leaf for leaf in met if id(leaf) not in undecided]
         open_ones.sort(key=lambda leaf: leaf in memory.evidence)
-    memory.remember(met)
-    if met and not all(isinstance(leaf, nn.Parameter) for leaf in seen.leaves):
-        memory.remember(_forgotten(losses, seen, met))
-    return memory.shared(), open_ones, left_out
+    shared = memory.remember(met)
+    if differentiated and met:
+        shared = memory.remember(_forgotten(losses, seen, met))
+    return shared, open_ones, others
 
 
 def _forgotten(
@@ -390,9 +423,7 @@ def settle(
     return found
 
 
-def _on_features(
-    names: Sequence[str], losses: Sequence[torch.Tensor], named: Named, memory: Memory
-) -> Roles:
+def _on_features(names: Sequence[str], losses: Sequence[torch.Tensor], named: Named, memory: Memory) -> Roles:
     """Find the encoder behind the features and what the heads reach past it.
 
     Parameters behind the features are shared, and so are parameters that two or more losses reach past them; the
@@ -411,7 +442,7 @@ def _on_features(
     read = edges if named.branches is None else named.branches.edges()
     heads = walk(losses, read)
     if named.branches is None:
-        _check_no_branch(heads)
+        _check_no_branch(heads.leaves)
     behind = [
         walk([feature], [other for other in edges if other != edge])
         for feature, edge in zip(features, edges, strict=True)
@@ -428,7 +459,9 @@ def _on_features(
         chosen = (inside | set(past)) - set(named.task_specific)
     else:
         known = {id(leaf) for leaf in memory.shared()}
-        open_ones = [leaf for leaf in met if leaf in heads.unsure and leaf not in inside and id(leaf) not in known]
+        open_ones = [
+            leaf for leaf in met if leaf in heads.unsure and leaf not in inside and id(leaf) not in known
+        ]
         if open_ones:
             raise ValueError(_open(open_ones, "with features= the heads' parameters take no task gradients"))
         found = list(dict.fromkeys([*encoder, *met]))
@@ -453,14 +486,20 @@ def _on_features(
     for leaf, mask in past.items():
         if leaf in chosen:
             masks[leaf] = masks.get(leaf, 0) | mask
-    own = by_task({leaf: mask for leaf, mask in past.items() if leaf in apart}, tasks)
-    if left_out:
-        own = _with_left_out(own, [leaf for leaf in left_out if leaf in past], past)
+    lists: list[list[torch.Tensor]] = [[] for _ in losses]
+    spared = set(left_out)
+    for leaf, mask in past.items():
+        if leaf in apart or leaf in spared:
+            _hand_out(lists, leaf, mask)
+    reaching = 0
+    for mask in masks.values():
+        reaching |= mask
     return Roles(
         "features",
+        reaching,
         tuple(masks),
         tuple(masks.values()),
-        own,
+        tuple(map(tuple, lists)),
         on=features,
         certain=heads.certain if heads.unsure else -1,
         left_out=tuple(left_out),
@@ -519,13 +558,13 @@ def _check_reads(
             )
 
 
-def _check_no_branch(seen: Walk) -> None:
+def _check_no_branch(leaves: Iterable[torch.Tensor]) -> None:
     """Check that no loss ends at a branch, where its gradient would never reach the encoder.
 
     Raises:
         ValueError: one does.
     """
-    if any(is_branch(leaf) for leaf in seen.leaves):
+    if any(is_branch(leaf) for leaf in leaves):
         raise ValueError(
             "the losses were computed from detente.branch(), whose gradients end at the branches. Pass the branches: "
             "backward(losses, method, features=branches)."
@@ -567,24 +606,6 @@ def check_reached(chosen: Sequence[torch.Tensor]) -> None:
             f"no loss reaches any of the {len(chosen)} parameters named in shared= (the first has shape "
             f"{tuple(chosen[0].shape)}). Are they of another model, or was the graph detached?"
         )
-
-
-def by_task(masks: Mapping[torch.Tensor, int], tasks: int) -> tuple[Tensors, ...]:
-    """Return for each task the tensors whose bit mask names it."""
-    lists: list[list[torch.Tensor]] = [[] for _ in range(tasks)]
-    for tensor, mask in masks.items():
-        while mask:
-            lowest = mask & -mask
-            lists[lowest.bit_length() - 1].append(tensor)
-            mask ^= lowest
-    return tuple(map(tuple, lists))
-
-
-def _with_left_out(
-    own: tuple[Tensors, ...], left_out: Sequence[torch.Tensor], masks: Mapping[torch.Tensor, int]
-) -> tuple[Tensors, ...]:
-    added = by_task({leaf: masks[leaf] for leaf in left_out}, len(own))
-    return tuple((*mine, *more) for mine, more in zip(own, added, strict=True))
 
 
 def trainable(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

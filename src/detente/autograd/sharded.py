@@ -46,7 +46,7 @@ def check_whole(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _lent() -> set[int]:
-    """Return the identities of the copies that modules under ``fully_shard`` hold: until they are freed, nothing else tells."""
+    """Return identities of the copies that modules under ``fully_shard`` hold: nothing else tells while they live."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
     if not states:
         return set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from detente.autograd.buffers import Recomputation
-from detente.autograd.graph import walk
-from detente.autograd.losses import Losses, named_losses
-from detente.autograd.ranks import Ranks
+from detente.autograd.graph import Recomputation, walk
+from detente.autograd.losses import Losses, check_scalar
+from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
 from detente.autograd.reduction import Reduction, Samples, count_samples
 from detente.autograd.roles import Memory, Named, Roles, check_reached, find_roles, trainable
 from detente.autograd.sharded import check_whole
@@ -35,7 +34,8 @@ class Request:
         retain_graph: keep the graph for another backward.
         samples: examples behind the losses of this rank.
         scaler: of torch.amp.
-        agreed: what must be the same on all ranks, by the name an error gives it.
+        process_group: the processes among which the batch is split.
+        agreed: tells from the request what must be the same on all ranks, by the name an error gives it.
         refused: an error of this rank that is to be raised on all, before anything else.
     """
 
@@ -47,7 +47,8 @@ class Request:
     retain_graph: bool = False
     samples: Samples = None
     scaler: Any = None
-    agreed: tuple[tuple[str, object], ...] = ()
+    process_group: ProcessGroup = None
+    agreed: Callable[[Request], Mapping[str, object]] | None = None
     refused: Exception | None = None
 
 
@@ -88,53 +89,28 @@ class Step:
         """Whether some loss, on some rank, reaches a shared parameter."""
         return bool(self.roles.tasks) if self.reduction is None else self.reduction.anywhere
 
-    @property
-    def outside(self) -> tuple[str, ...]:
-        """Names of the tasks that are left out of the shared problem."""
-        if len(self.inside) == len(self.names):
-            return ()
-        return tuple(name for task, name in enumerate(self.names) if task not in self.inside)
 
-    @property
-    def mode(self) -> Mode:
-        """How task gradients are taken."""
-        return self.request.mode
-
-    @property
-    def whole(self) -> bool:
-        """Whether every rank is to have all of the gradients."""
-        return self.request.whole
-
-    @property
-    def retain_graph(self) -> bool:
-        """Whether the graph is kept after the last backward."""
-        return self.request.retain_graph
-
-
-def prepare(
-    losses: Losses,
-    request: Request,
-    memory: Memory,
-    ranks: Ranks | None = None,
-    known: Sequence[str] | None = None,
-) -> Step:
+def prepare(losses: Losses, request: Request, memory: Memory, known: Sequence[str] | None = None) -> Step:
     """Read the losses and find out who owns what; on several ranks, see that they agree.
 
     Args:
         losses: of this rank; a task may be absent here.
         request: what is asked.
         memory: of the method.
-        ranks: None on a single process.
         known: all tasks, where the method knows them.
 
     Raises:
-        ValueError: as :func:`~detente.autograd.losses.named_losses` and
+        TypeError: ``process_group`` is none.
+        ValueError: as :func:`named_losses` and
             :func:`~detente.autograd.roles.find_roles`, or the samples fit the losses badly, a parameter is sharded, or
             the ranks disagree on parameters, tasks or what is asked.
         RankFailed: another rank raised one of these.
     """
-    if ranks is not None:
-        return _of_all(losses, request, memory, ranks, known)
+    several = dist.is_available() and dist.is_initialized()
+    if several or request.process_group not in (None, False):
+        ranks = ranks_of(request.process_group)
+        if ranks is not None:
+            return _of_all(losses, request, memory, ranks, known)
     if request.refused is not None:
         raise request.refused
     names, scalars = named_losses(losses)
@@ -146,12 +122,16 @@ def prepare(
             raise ValueError("samples= is 0 for every task; leave such a batch out.")
         names, scalars = tuple(names[place] for place in here), [scalars[place] for place in here]
         totals = tuple(examples[name] for name in names)
-    roles = _roles(request, names, scalars, memory, part=False)
-    factor = factor_of(request.scaler, scalars)
+    if several:  # something may be sharded
+        roles = _whole_roles(request, names, scalars, memory, part=False)
+    else:
+        roles = find_roles(names, scalars, request.named, memory, mode=request.mode)
     inside = tuple(range(len(names)))
-    if request.drops and (reaching := roles.tasks) and reaching != (1 << len(names)) - 1:
-        inside = tuple(task for task in inside if reaching >> task & 1)
-    scaled = scalars if factor is None else multiplied(scalars, factor)
+    if request.drops and roles.tasks and roles.tasks != (1 << len(names)) - 1:
+        inside = tuple(task for task in inside if roles.tasks >> task & 1)
+    factor, scaled = None, scalars
+    if request.scaler is not None and (factor := factor_of(request.scaler, scalars)) is not None:
+        scaled = multiplied(scalars, factor)
     return Step(names, scalars, scaled, roles, memory, inside, request, factor, totals=totals)
 
 
@@ -175,7 +155,7 @@ def _of_all(
         if request.refused is not None:
             raise request.refused
         scalars, counts = _aligned(losses, request.samples, tasks)
-        roles = _roles(request, tasks, scalars, memory, part=True)
+        roles = _whole_roles(request, tasks, scalars, memory, part=True)
         reduction = Reduction(ranks, *_in_common_order(named, roles, memory))
         mark, reaching = _fingerprint(reduction, request), roles.tasks
     except Exception as caught:
@@ -220,6 +200,45 @@ def _of_all(
     )
 
 
+def named_losses(losses: Losses) -> tuple[tuple[str, ...], list[torch.Tensor]]:
+    """Return names and scalars of the tasks of a step; unnamed losses are called by their position.
+
+    Raises:
+        ValueError: no losses, one tensor instead of several, two tasks of one name, a loss that is not a scalar or has
+            no graph.
+        TypeError: a loss is not a tensor.
+
+    Example:
+        >>> named_losses([torch.ones(1, requires_grad=True).sum()])[0]
+        ('0',)
+    """
+    if isinstance(losses, torch.Tensor):
+        raise ValueError(
+            "losses is one tensor; give the separate scalars, as a mapping from task name to loss or a list. "
+            "(A backward through a stacked tensor walks the heads of all tasks.)"
+        )
+    mapped = isinstance(losses, Mapping)
+    values = list(losses.values()) if isinstance(losses, Mapping) else list(losses)
+    if not values:
+        raise ValueError("losses is empty; give at least one loss.")
+    names = tuple(map(str, losses if mapped else range(len(values))))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"task {twice!r} occurs twice; task names must differ.")
+    for name, loss in zip(names, values, strict=True):
+        if not isinstance(loss, torch.Tensor):
+            raise TypeError(f"the loss of task {name!r} is a {type(loss).__name__}, not a tensor.")
+        if loss.numel() != 1 or loss.is_complex():
+            check_scalar(name, loss)
+        if not loss.requires_grad:
+            raise ValueError(
+                f"the loss of task {name!r} has no graph; it was detached, computed under torch.no_grad(), or "
+                "depends on no parameter that requires a gradient. Leave the task out of this step, or multiply "
+                "its prediction by zero to keep the connection."
+            )
+    return names, values
+
+
 def factor_of(scaler: Any, losses: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Return what a scaler multiplies losses by, a scalar on their device; None without one, or where it is disabled.
 
@@ -243,7 +262,7 @@ def multiplied(losses: Sequence[torch.Tensor], factor: torch.Tensor) -> list[tor
         return [loss * factor.to(loss.device) if loss.requires_grad else loss for loss in losses]
 
 
-def _roles(
+def _whole_roles(
     request: Request,
     names: Sequence[str],
     losses: Sequence[torch.Tensor],
@@ -253,8 +272,6 @@ def _roles(
 ) -> Roles:
     """Find out who owns what, of parameters that are whole."""
     named = request.named
-    if not (dist.is_available() and dist.is_initialized()):  # nothing can be sharded
-        return find_roles(names, losses, named, memory, mode=request.mode, part=part)
     for given in (named.shared, named.task_specific, named.solve_on):
         check_whole(given or ())
     roles: Roles | None = None
@@ -277,7 +294,7 @@ def _everyones_names(ranks: Ranks, losses: Losses) -> tuple[str, ...]:
 def _aligned(
     losses: Losses, samples: Samples, tasks: Sequence[str]
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """Return the losses in the order of all tasks, without a graph where one is absent, and the examples behind each."""
+    """Return the losses in the order of all tasks, without a graph where one is absent, and the examples of each."""
     names, scalars = named_losses(losses) if len(losses) else ((), [])
     strangers = [name for name in names if name not in tasks]
     if strangers:
@@ -312,11 +329,15 @@ def _fingerprint(reduction: Reduction, request: Request) -> int:
     """Return a number that differs, almost surely, where two ranks hold other parameters or ask for other things."""
     spaces = (request.named.features is None, request.named.solve_on is None)
     told = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in (*reduction.shared, *reduction.own)]
-    return zlib.crc32(repr((spaces, len(reduction.shared), told, request.agreed)).encode())
+    return zlib.crc32(repr((spaces, len(reduction.shared), told, _agreed(request))).encode())
+
+
+def _agreed(request: Request) -> dict[str, object]:
+    return {} if request.agreed is None else dict(request.agreed(request))
 
 
 def _disagreement(ranks: Ranks, reduction: Reduction, request: Request) -> str:
-    asked = dict(request.agreed)
+    asked = _agreed(request)
     everyones = ranks.objects(asked)
     for name in asked:
         found = [theirs.get(name) for theirs in everyones]

@@ -22,33 +22,35 @@ from detente.autograd.engine import (
     task_gradients,
     weighted_backward,
 )
-from detente.autograd.host import to_host
 from detente.autograd.jacobian import reached_by
 from detente.autograd.layout import Gradients, accumulate, finite, probes
-from detente.autograd.losses import (
+from detente.autograd.losses import Losses
+from detente.autograd.numbers import (
     GradientNotFinite,
-    Losses,
     check_behind,
     check_losses,
     check_own,
     check_weighted,
+    to_host,
 )
-from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.ranks import ProcessGroup
 from detente.autograd.reduction import Samples, losses_and_reached, losses_of_all
 from detente.autograd.roles import Memory, Named, Parameters
 from detente.autograd.step import Mode, Request, Step, prepare
 from detente.methods.base import Method, one_of
 from detente.methods.registry import info_of
-from detente.step.combining import (
-    asks_for_rows,
+from detente.step.combining import with_direction
+from detente.step.deciding import (
+    NUMBERS,
     check_result,
     decide,
+    lengths_of,
     not_finite,
     of_first_rank,
+    record_of,
+    undone_on_failure,
     watched,
-    with_direction,
 )
-from detente.step.recording import lengths_of, record_of, undone_on_failure
 from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
 Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | Branches | None
@@ -149,35 +151,47 @@ def backward(
         (('left', 'right'), True, True)
     """
     started = time.perf_counter()
-    _check_call(method, heads, scale, memory)
-    ranks, info = ranks_of(process_group), info_of(method)
-    needs, accumulation = method.needs_now(), method.__dict__.get("accumulation")
-    named = Named.read(features, shared, task_specific, solve_on)
+    if not isinstance(method, Method) or heads not in _HEADS or scale not in _SCALES or memory not in _MODES:
+        _check_call(method, heads, scale, memory)
+    info, needs = info_of(method), method.needs_now()
+    named = _NOTHING
+    if features is not None or shared is not None or task_specific is not None or solve_on is not None:
+        named = Named.read(features, shared, task_specific, solve_on)
+    accumulation = method.__dict__.get("accumulation")
     how = _How(method, info, heads or info.heads, scale, measure, extra, accumulation)
+    refused = None
+    if extra or accumulation is not None or memory == "low" or not isinstance(extra, Sequence):
+        refused = _refusal(how, named, memory)
     request = Request(
         named,
         needs,
         memory,
-        # Where a method asks for more than numbers about the gradients, parts of them will not do.
-        whole=asks_for_rows(needs),
-        drops=info.takes_gradients,
+        # Where a method asks for more than numbers about the gradients, a rank's part of them will not do.
+        whole=not needs <= NUMBERS,
+        drops=not GRADIENT_NEEDS.isdisjoint(info.needs),
         retain_graph=retain_graph,
         samples=samples,
         scaler=scaler,
-        agreed=() if ranks is None else how.agreed(memory, scaler is not None),
-        refused=_refusal(how, named, memory) if extra or accumulation or memory == "low" else None,
+        process_group=process_group,
+        agreed=how,
+        refused=refused,
     )
     with full_precision():
-        step = prepare(losses, request, Memory.of(method), ranks, method.tasks)
+        step = prepare(losses, request, Memory.of(method), method.tasks)
         try:
             record = _take_step(step, how)
         except GradientNotFinite as error:
             if step.factor is None:
                 raise
             record = _left_to_the_scaler(step, error)
-        if not record.accepted and record.status == "refused" and step.factor is not None:
+        if record.status == "refused" and step.factor is not None:
             _tell_scaler(step)
     return replace(record, seconds=time.perf_counter() - started)
+
+
+_NOTHING = Named()
+_HEADS, _MODES = (None, "own", "weighted"), ("fast", "batched", "low")
+_SCALES = ("native", "sum", "mean", "unit")
 
 
 @dataclass(frozen=True)
@@ -192,17 +206,25 @@ class _How:
     extra: Sequence[Losses]
     accumulation: Accumulation | None
 
-    def agreed(self, mode: Mode, scaled: bool) -> tuple[tuple[str, object], ...]:
+    def __call__(self, request: Request) -> dict[str, object]:
         """Return what decides which messages follow, and must be the same on all ranks."""
-        part = None
-        if self.accumulation is not None:
-            part = f"{self.accumulation.done + 1} of {self.accumulation.parts}"
-        return (
-            ("method", self.info.name),
-            ("options", (self.heads, self.scale, mode, self.measure, len(self.extra), scaled)),
-            ("needs", tuple(sorted(self.method.needs_now()))),
-            ("micro-batch", part),
+        part, accumulation = None, self.accumulation
+        if accumulation is not None:
+            part = f"{accumulation.done + 1} of {accumulation.parts}"
+        options = (
+            self.heads,
+            self.scale,
+            request.mode,
+            self.measure,
+            len(self.extra),
+            request.scaler is not None,
         )
+        return {
+            "method": self.info.name,
+            "options": options,
+            "needs": tuple(sorted(request.needs)),
+            "micro-batch": part,
+        }
 
 
 def _take_step(step: Step, how: _How) -> StepRecord:
@@ -214,10 +236,13 @@ def _take_step(step: Step, how: _How) -> StepRecord:
             known = losses_of_all(step.losses, step.reduction)
             check_losses(step.names, known)
             weights = (None,) * len(step.names)
-            return StepRecord(step.names, tuple(known.tolist()), weights, status="accumulating", space="exact")
+            return StepRecord(
+                step.names, tuple(known.tolist()), weights, status="accumulating", space="exact"
+            )
         return _combined(measured(accumulation.finish(step)), how)
-    branched = step.request.named.branches is not None
-    if branched or step.request.needs & GRADIENT_NEEDS or how.measure or how.scale != "native":
+    request = step.request
+    wanted = not GRADIENT_NEEDS.isdisjoint(request.needs) or request.named.branches is not None
+    if wanted or how.measure or how.scale != "native":
         taken = task_gradients(step)
         if taken is not None:
             if how.extra and how.info.batches > 1:
@@ -231,10 +256,11 @@ def _combined(taken: Taken, how: _How) -> StepRecord:
     method, gradients = how.method, taken.gradients
     # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
     # trace in the method; in the exact space hardly anything does, and a copy of a large state is saved.
-    cautious = gradients.space != "exact" or how.heads == "weighted" or taken.walked.jacobian is None
-    if not cautious and (how.info.stateful or taken.step.outside):
-        dtype = torch.float32 if gradients.jacobian is None else gradients.jacobian.dtype
-        cautious = bool(taken.step.outside) or watched(method, dtype, gradients)
+    jacobian, step = gradients.jacobian, taken.step
+    cautious = gradients.space != "exact" or how.heads == "weighted" or jacobian is None
+    cautious = cautious or len(step.inside) < len(step.names)
+    if not cautious and how.info.stateful and jacobian is not None:
+        cautious = watched(method, jacobian.dtype, gradients)
     with undone_on_failure(method) if cautious else nullcontext():
         combination = decide(method, taken)
         record = record_of(taken, combination)
@@ -268,31 +294,33 @@ def apply(taken: Taken, combination: Combination, *, heads: Heads = "own", scale
         _apply(taken, combination, heads or "own", scale, _NOT_FINITE)
 
 
-_NOT_FINITE = "the combined gradient is not finite (NaN or Inf) although every task's is. Nothing was changed."
+_NOT_FINITE = (
+    "the combined gradient is not finite (NaN or Inf) although every task's is. Nothing was changed."
+)
 
 
 def _apply(taken: Taken, combination: Combination, heads: str, scale: Scale, message: str) -> None:
-    if not combination.accepted:
+    if combination.status == "refused":
         return
-    weights = combination.weights
+    weights, gradients = combination.weights, taken.gradients
     if weights is None and heads == "weighted":
         raise ValueError("heads='weighted' needs one weight for each task, and this method gives none.")
-    shared = shared_gradients(taken, combination, scale=scale)
-    if weights is not None and not _in_range(taken, weights):
-        (probed,) = to_host([probes(gradient for _, gradient in shared)])
-        if not finite([gradient for _, gradient in shared], probed).all():
-            raise GradientNotFinite(message)
-    accumulate(shared + taken.own_gradients(weights if heads == "weighted" else None))
-
-
-def _in_range(taken: Taken, weights: torch.Tensor) -> bool:
-    """Return whether the lengths alone tell that a weighted sum of finite gradients is finite."""
-    jacobian, gramian = taken.gradients.jacobian, taken.gradients.gramian
-    if taken.gradients.space != "exact" or jacobian is None or gramian is None:
-        return True  # looked at where it is made
-    if taken.step.factor is not None or jacobian.dtype.itemsize < 4:
-        return False
-    return float(np.abs(weights.numpy()) @ np.sqrt(gramian.diagonal())) < 1e38
+    jacobian, gramian = gradients.jacobian, gradients.gramian
+    exact = gradients.space == "exact" and jacobian is not None
+    plain = weights is not None and combination.direction is None and combination.status == "ok"
+    if exact and plain and scale == "native":
+        shared = taken.shared_gradients(None, weights)
+    else:
+        shared = shared_gradients(taken, combination, scale=scale)
+    if exact and weights is not None and gramian is not None and jacobian is not None:
+        # The lengths alone tell in most steps that a weighted sum of finite gradients is finite.
+        bound = float(np.abs(weights.numpy()) @ np.sqrt(gramian.diagonal()))
+        if taken.step.factor is not None or jacobian.dtype.itemsize < 4 or not bound < 1e38:
+            (probed,) = to_host([probes(gradient for _, gradient in shared)])
+            if not finite([gradient for _, gradient in shared], probed).all():
+                raise GradientNotFinite(message)
+    shared += taken.own_gradients(weights if heads == "weighted" else None)
+    accumulate(shared)
 
 
 def shared_gradients(taken: Taken, combination: Combination, *, scale: Scale = "native") -> Gradients:
@@ -370,7 +398,9 @@ def _weighted(step: Step, how: _How) -> StepRecord:
         combination = Combination(weights=torch.ones(len(names), dtype=torch.float64))
         if not plain:
             seen = TaskGradients(names=names, losses=known, space="none")
-            combination = of_first_rank(method.combine(seen), step)
+            combination = method.combine(seen)
+            if reduction is not None:
+                combination = of_first_rank(combination, step)
             check_result(method, combination)
         assert combination.weights is not None, "a weighting of losses gives weights"
         plain_heads = how.heads == "own" and not plain

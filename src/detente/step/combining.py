@@ -10,25 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from detente.autograd.engine import Taken, full_precision
-from detente.autograd.gramian import gramian
-from detente.autograd.host import to_host
-from detente.autograd.layout import finite, probes, probes_of_rows
-from detente.autograd.losses import (
-    GradientNotFinite,
-    check_gradients,
-    check_losses,
-    check_scalar,
-    values_of,
-)
-from detente.autograd.step import Step
+from detente.autograd.engine import full_precision
+from detente.autograd.layout import finite, probes_of_rows
+from detente.autograd.losses import check_scalar, values_of
+from detente.autograd.numbers import check_gradients, check_losses, gramian, to_host
 from detente.methods.base import Method, positional
-from detente.methods.registry import create, info_of
-from detente.step.recording import large_state, undone_on_failure
+from detente.methods.registry import create
+from detente.step.deciding import check_result, undone_on_failure, watched
 from detente.values import Combination, TaskGradients
-
-# What a method may need and still get by, on several processes, with one part of every gradient on each.
-_NUMBERS = frozenset({"losses", "gramian", "epoch", "after_step"})
 
 
 def combine(
@@ -109,17 +98,6 @@ def _combine(
     return combination
 
 
-def watched(method: Method, dtype: torch.dtype, gradients: TaskGradients) -> bool:
-    """Return whether a method's state is to be copied, in case that what it finds is not finite.
-
-    A copy of a large state costs as much as the step; it is made where numbers are near the ends of their type.
-    """
-    if not large_state(method):
-        return info_of(method).stateful
-    largest = float("inf") if gradients.gramian is None else float(gradients.gramian.diagonal().max())
-    return dtype.itemsize < 4 or not largest < 1e30
-
-
 def with_direction(combination: Combination, gradients: TaskGradients) -> Combination:
     """Return the combination with its direction [P] filled in from the weights; exactly zero where it is stationary.
 
@@ -140,66 +118,3 @@ def with_direction(combination: Combination, gradients: TaskGradients) -> Combin
     elif direction.untyped_storage().data_ptr() == jacobian.untyped_storage().data_ptr():
         direction = direction.clone()
     return replace(combination, direction=direction.to(jacobian.dtype))
-
-
-def asks_for_rows(needs: frozenset[str]) -> bool:
-    """Return whether a method that needs this looks at gradients, so that a rank's part of each will not do.
-
-    Example:
-        >>> asks_for_rows(frozenset({"gramian"})), asks_for_rows(frozenset({"gramian", "jacobian"}))
-        (False, True)
-    """
-    return not needs <= _NUMBERS
-
-
-def of_first_rank(combination: Combination, step: Step) -> Combination:
-    """Return on several processes the weights of the first: each solves the same problem, on a machine of its own."""
-    if step.reduction is None:
-        return combination
-    ranks, device = step.reduction.ranks, step.losses[0].device
-    changes: dict[str, Any] = {
-        name: ranks.from_first(values, device)
-        for name in ("weights", "block_weights")
-        if (values := getattr(combination, name)) is not None
-    }
-    return replace(combination, **changes)
-
-
-def decide(method: Method, taken: Taken) -> Combination:
-    """Let a method combine the task gradients of a step, on several processes all alike.
-
-    Raises:
-        ValueError: the method rejects the input.
-        GradientNotFinite: what it found is not finite.
-    """
-    step = taken.step
-    if step.outside:
-        method.bind(step.names)  # also those of which it sees nothing
-    combination = of_first_rank(method.combine(taken.gradients), step)
-    check_result(method, combination)
-    return combination
-
-
-def check_result(method: Method, combination: Combination) -> None:
-    """Check that what a method found is finite.
-
-    Raises:
-        GradientNotFinite: it is not; the method is named.
-    """
-    numbers = (combination.weights, combination.block_weights, combination.transform)
-    sound = all(one is None or np.isfinite(one.numpy()).all() for one in numbers)
-    direction = combination.direction
-    if sound and direction is not None and combination.status == "ok":
-        (probed,) = to_host([probes([direction])])
-        sound = bool(finite([direction], probed).all())
-    if not sound:
-        raise GradientNotFinite(not_finite(method))
-
-
-def not_finite(method: Method) -> str:
-    """Return the message about a direction that is not finite."""
-    return (
-        f"the direction of {method.declares.name} is not finite (NaN or Inf) although every gradient is: some number "
-        "in it is out of the range of its type. Nothing was changed. Keep losses and shared parameters in float32, or "
-        "multiply all losses by a smaller constant."
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from detente.autograd import engine
 from detente.autograd.engine import Taken, full_precision
 from detente.autograd.losses import Losses
-from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.ranks import ProcessGroup
 from detente.autograd.reduction import Samples
 from detente.autograd.roles import Memory, Named, Parameters
 from detente.autograd.step import Mode, Request, prepare
@@ -63,7 +63,8 @@ def task_gradients(
         whole=True,
         retain_graph=retain_graph,
         samples=samples,
+        process_group=process_group,
     )
     with full_precision():
-        step = prepare(losses, request, workspace or Memory(), ranks_of(process_group))
+        step = prepare(losses, request, workspace or Memory())
         return engine.task_gradients(step)

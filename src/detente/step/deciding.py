@@ -1,20 +1,28 @@
-"""What a step leaves behind: its record, and after a failure nothing."""
+"""What a method decides about a step, and what the step leaves behind: its record, and after a failure nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from detente.autograd.engine import Taken
+from detente.autograd.layout import finite, probes
+from detente.autograd.numbers import GradientNotFinite, to_host
+from detente.autograd.step import Step
 from detente.diagnostics.conflict import measure_altered, measure_conflict
 from detente.methods.base import Method
 from detente.methods.registry import info_of
-from detente.values import Combination, StepRecord
+from detente.values import Combination, StepRecord, TaskGradients
 
 LOW = "memory='low': task gradients were taken in {} and not kept"
+# What a method may need and still get by, on several processes, with one part of every gradient on each.
+NUMBERS = frozenset({"losses", "gramian", "epoch", "after_step"})
 # A residual above this is told: the rounding of a solver is below it.
 RESIDUAL = 1e-10
 
@@ -28,36 +36,36 @@ def record_of(taken: Taken, combination: Combination) -> StepRecord:
     assert gradients.gramian is not None
     transform = None if combination.transform is None else combination.transform.numpy()
     raw = measure_conflict(gradients.gramian)
-    outside = step.outside
+    weights: list[float | None] = [None] * len(step.names)
+    if combination.weights is not None:
+        for task, weight in zip(step.inside, combination.weights.tolist(), strict=True):
+            weights[task] = weight
     return StepRecord(
         names=step.names,
         losses=tuple(taken.losses.tolist()),
-        weights=_weights(taken, combination),
+        weights=tuple(weights),
         status=combination.status,
         space=gradients.space,
         raw=raw,
         altered=None if transform is None else measure_altered(gradients.gramian, transform),
         kept_rank=combination.kept_rank,
-        dropped=(*outside, *combination.dropped) if outside else combination.dropped,
+        dropped=(*outside(step), *combination.dropped),
         notes=_notes(taken, combination, raw.norms),
         residual=combination.residual,
     )
 
 
-def _weights(taken: Taken, combination: Combination) -> tuple[float | None, ...]:
-    """Return one weight for each task of the step, None for one that has none."""
-    step = taken.step
-    found: list[float | None] = [None] * len(step.names)
-    if combination.weights is not None:
-        for task, weight in zip(step.inside, combination.weights.tolist(), strict=True):
-            found[task] = weight
-    return tuple(found)
+def outside(step: Step) -> tuple[str, ...]:
+    """Return the names of the tasks that are left out of the shared problem."""
+    if len(step.inside) == len(step.names):
+        return ()
+    return tuple(name for task, name in enumerate(step.names) if task not in step.inside)
 
 
 def _notes(taken: Taken, combination: Combination, norms: tuple[float, ...]) -> tuple[str, ...]:
     """Return the method's notes, and what else is to be known of the step."""
     notes, roles = combination.notes, taken.step.roles
-    for name in taken.step.outside:
+    for name in outside(taken.step):
         notes = (
             *notes,
             f"task {name!r} reaches no shared parameter: it is left out of the shared problem, and its own parameters "
@@ -86,6 +94,62 @@ def _notes(taken: Taken, combination: Combination, norms: tuple[float, ...]) -> 
     if segments is not None:
         notes = (*notes, LOW.format(f"{segments} segment" if segments == 1 else f"{segments} segments"))
     return notes
+
+
+def of_first_rank(combination: Combination, step: Step) -> Combination:
+    """Return on several processes the weights of the first: each solves the same problem, on a machine of its own."""
+    if step.reduction is None:
+        return combination
+    ranks, device = step.reduction.ranks, step.losses[0].device
+    changes: dict[str, Any] = {
+        name: ranks.from_first(values, device)
+        for name in ("weights", "block_weights")
+        if (values := getattr(combination, name)) is not None
+    }
+    return replace(combination, **changes)
+
+
+def decide(method: Method, taken: Taken) -> Combination:
+    """Let a method combine the task gradients of a step, on several processes all alike.
+
+    Raises:
+        ValueError: the method rejects the input.
+        GradientNotFinite: what it found is not finite.
+    """
+    step = taken.step
+    if len(step.inside) < len(step.names):
+        method.bind(step.names)  # also those of which it sees nothing
+    combination = method.combine(taken.gradients)
+    if step.reduction is not None:
+        combination = of_first_rank(combination, step)
+    check_result(method, combination)
+    return combination
+
+
+def check_result(method: Method, combination: Combination) -> None:
+    """Check that what a method found is finite.
+
+    Raises:
+        GradientNotFinite: it is not; the method is named.
+    """
+    sound = True
+    for numbers in (combination.weights, combination.block_weights, combination.transform):
+        sound = sound and (numbers is None or bool(np.isfinite(numbers.numpy()).all()))
+    direction = combination.direction
+    if sound and direction is not None and combination.status == "ok":
+        (probed,) = to_host([probes([direction])])
+        sound = bool(finite([direction], probed).all())
+    if not sound:
+        raise GradientNotFinite(not_finite(method))
+
+
+def not_finite(method: Method) -> str:
+    """Return the message about a direction that is not finite."""
+    return (
+        f"the direction of {method.declares.name} is not finite (NaN or Inf) although every gradient is: some number "
+        "in it is out of the range of its type. Nothing was changed. Keep losses and shared parameters in float32, or "
+        "multiply all losses by a smaller constant."
+    )
 
 
 @contextmanager
@@ -121,3 +185,14 @@ def lengths_of(gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tens
     lengths = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for _, g in gradients])
     length: torch.Tensor = torch.linalg.vector_norm(lengths)
     return length
+
+
+def watched(method: Method, dtype: torch.dtype, gradients: TaskGradients) -> bool:
+    """Return whether a method's state is to be copied, in case that what it finds is not finite.
+
+    A copy of a large state costs as much as the step; it is made where numbers are near the ends of their type.
+    """
+    if not large_state(method):
+        return info_of(method).stateful
+    largest = float("inf") if gradients.gramian is None else float(gradients.gramian.diagonal().max())
+    return dtype.itemsize < 4 or not largest < 1e30
