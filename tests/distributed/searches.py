@@ -122,7 +122,7 @@ def counted(kind: str) -> list[tuple[int, int, int]]:
         x, targets = batch_of(step, 0, 12)
         closure, examples = partly(network, network, x, targets, {})
         trials = search.step(closure, samples=examples).trials
-        ranks = search._memory.ranks
+        ranks = search._engine.memory.ranks
         assert ranks is not None
         found.append((trials, ranks.calls - before[0], ranks.bytes - before[1]))
         before = (ranks.calls, ranks.bytes)

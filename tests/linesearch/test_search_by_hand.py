@@ -244,7 +244,7 @@ def test_no_grad_is_touched_and_methods_without_weights_work(net: Any, batch: An
         (kind, name)
         for kind in (Backtracking, FastBacktracking)
         for name in ("graddrop", "mgda", "aligned-mtl", "moco", "pcgrad", "dwa")
-        if kind.space in detente.methods()[name].spaces
+        if kind.declares.direction.space in detente.methods()[name].spaces
     ],
 )
 def test_slopes_are_derivatives_along_the_step(name: str, kind: Any, net: Any, batch: Any) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import detente
 from detente.linesearch import Backtracking, ClosureChanged, FastBacktracking, SearchFailed, SearchOptions
-from detente.linesearch.freeze import random_state, same_random_state
+from detente.linesearch.passes import random_state, same_random_state
 from detente.methods import Method
 from detente.values import Combination
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch import nn
 
-from detente.autograd.partition import as_tensors
 from detente.linesearch.armijo import ROUNDING
-from detente.linesearch.moments import KINDS, Preconditioner
+from detente.linesearch.engine import as_tensors
+from detente.linesearch.moments import KINDS, Kind
 from detente.methods import Method
 from detente.methods.arguments import one_of
 
@@ -108,7 +108,7 @@ class SearchOptions:
     modules: nn.Module | Iterable[nn.Module] | None = None
     check_steps: int = 1
     rounding: float = ROUNDING
-    precondition: Preconditioner | None = None
+    precondition: Kind | None = None
     check_true: bool | int = False
 
     def __post_init__(self) -> None:

@@ -294,29 +294,22 @@ class SearchedSteps:
     def __init__(
         self, problem: Problem, config: TrainingConfig, method: Method, module: nn.Module, forward: Forward
     ) -> None:
-        from detente.linesearch import Backtracking, FastBacktracking, SearchOptions
+        from detente.linesearch import create
 
         self.problem, self.config, self.module, self.forward = problem, config, module, forward
         shared, own = roles(module, f"search {config.search}")
         small, lower, divisor = config.search_small_step, config.search_lower, config.search_precondition
-        options = SearchOptions(
-            on_no_descent="error" if small is None else "small-step",
-            small_step=small,
-            lower_ub=None if lower == "none" else lower,
-            precondition=None if divisor == "none" else divisor,
-            check_true=config.search_check or False,
-        )
-        make = FastBacktracking if config.search == "fast" else Backtracking
-        self.search: Search = make(
-            method,
-            shared,
-            own,
-            config.learning_rate,
-            gamma=config.search_gamma,
-            c=config.search_c,
-            max_trials=config.search_trials,
-            options=options,
-        )
+        options: dict[str, Any] = {
+            "gamma": config.search_gamma,
+            "c": config.search_c,
+            "max_trials": config.search_trials,
+            "on_no_descent": "error" if small is None else "small-step",
+            "small_step": small,
+            "lower_ub": None if lower == "none" else lower,
+            "precondition": None if divisor == "none" else divisor,
+            "check_true": config.search_check or False,
+        }
+        self.search: Search = create(config.search, method, shared, own, config.learning_rate, **options)
         self.tally, self.warned = Tally(), False
 
     def step(
