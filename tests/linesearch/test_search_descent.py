@@ -193,14 +193,20 @@ def test_a_constant_small_step_is_not_looked_at() -> None:
 
 
 def test_a_task_that_says_nothing_about_the_trunk_is_noted() -> None:
-    """MGDA takes the shortest combination, which is then zero: the trunk stays, and the record says why."""
+    """MGDA takes the shortest combination, which is zero where a gradient vanishes; a task outside is left out."""
     encoder, heads = nn.Linear(2, 2), nn.ModuleDict({name: nn.Linear(2, 1) for name in "ab"})
-    x = torch.ones(3, 2)
+    x, silent = torch.ones(3, 2), 0.0
 
     def closure(features: Any = None) -> Any:
-        return None, {"a": heads["a"](encoder(x)).square().mean(), "b": heads["b"](x).square().mean()}
+        z = encoder(x)
+        given = x if silent else z * 0.0 + x
+        return None, {"a": heads["a"](z).square().mean(), "b": heads["b"](given).square().mean()}
 
-    before = encoder.weight.detach().clone()
-    found = Backtracking(detente.create("mgda"), encoder, heads, 1e-3).step(closure)
+    before = encoder.weight.detach().clone(), heads["b"].weight.detach().clone()
+    search = Backtracking(detente.create("mgda"), encoder, heads, 1e-3)
+    found = search.step(closure)
     assert found.notes == ("task 'b' has no gradient on what is shared",)
-    assert found.accepted and before.equal(encoder.weight)
+    assert found.accepted and before[0].equal(encoder.weight)
+    silent = 1.0
+    found = search.step(closure)
+    assert found.accepted and not before[0].equal(encoder.weight) and not before[1].equal(heads["b"].weight)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from detente.linesearch.engine import Losses
+from detente.linesearch.engine import Branches, Losses
 from detente.linesearch.record import ClosureChanged
 
 
@@ -70,6 +70,8 @@ def like(features: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """
     if isinstance(features, torch.Tensor):
         return tensors[0]
+    if isinstance(features, Branches):
+        return features.of(tensors)
     if isinstance(features, Mapping):
         return dict(zip(features, tensors, strict=True))
     if hasattr(features, "_make"):  # a named tuple
@@ -120,6 +122,8 @@ def _entries(features: Any) -> list[tuple[str, Any]]:
     """Name what a representation holds, for messages."""
     if isinstance(features, torch.Tensor):
         return [("features", features)]
+    if isinstance(features, Branches):
+        features = features.features
     if isinstance(features, Mapping):
         return [(f"features[{name!r}]", part) for name, part in features.items()]
     if isinstance(features, Sequence) and not isinstance(features, str):

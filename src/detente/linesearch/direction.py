@@ -160,18 +160,19 @@ class Direction(ABC):
         shared, square = self.shared.slopes, self.shared.square
         if self.shared.unread:
             shared, square, numbers = numbers[:tasks], numbers[tasks], numbers[tasks + 1 :]
-        shared, gramian = np.asarray(shared), self.solved.gradients.gramian
+        solved, gramian = self.solved, self.solved.gradients.gramian
         assert gramian is not None
-        reached = (self.solved.combination.status != "stationary") & (gramian.diagonal() > 0)
-        tolerance = slope_tolerance(np.sqrt(gramian.diagonal()), float(np.sqrt(float(square))), numbers)
-        return Slopes(shared, numbers, tolerance, reached | (numbers != 0))
+        along, squares = solved.of_all(np.asarray(shared)), solved.of_all(gramian.diagonal())
+        reached = (solved.combination.status != "stationary") & (squares > 0)
+        tolerance = slope_tolerance(np.sqrt(squares), float(np.sqrt(float(square))), numbers)
+        return Slopes(along, numbers, tolerance, reached | (numbers != 0))
 
     @property
     def descends(self) -> bool:
         """Whether it is known, without reading anything from a device, that every loss falls."""
         if not self.own_descends or self.shared.unread:
             return False
-        known = self.slopes(np.zeros(self.solved.gradients.tasks))
+        known = self.slopes(np.zeros(len(self.solved.step.names)))
         return bool((known.shared > known.tolerance).all())
 
     @property

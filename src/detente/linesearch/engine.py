@@ -9,21 +9,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from detente.autograd.flat import Gradients
-from detente.autograd.host import to_host
+from detente.autograd.branches import Branches
+from detente.autograd.engine import Taken, full_precision, task_gradients
+from detente.autograd.features import FeaturesPass
+from detente.autograd.layout import Gradients
 from detente.autograd.losses import Losses
-from detente.autograd.measure import Taken, measure_gradients
-from detente.autograd.partition import Memory, Parameters, as_tensors
-from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
-from detente.autograd.reduce import Prepared, Samples, prepare
-from detente.autograd.take import take
-from detente.autograd.where import Where
+from detente.autograd.numbers import to_host
+from detente.autograd.ranks import ProcessGroup, Ranks
+from detente.autograd.reduction import Samples
+from detente.autograd.roles import Memory, Named, Parameters, as_tensors
+from detente.autograd.step import Request, Step, prepare
 from detente.methods import Method
 from detente.step import (
-    asks_for_rows,
-    of_first_rank,
+    NUMBERS,
+    decide,
     record_of,
     shared_gradients,
     undone_on_failure,
@@ -32,6 +34,7 @@ from detente.step import (
 from detente.values import Combination, StepRecord, TaskGradients
 
 __all__ = [
+    "Branches",
     "Engine",
     "Gradients",
     "Losses",
@@ -41,6 +44,7 @@ __all__ = [
     "Samples",
     "Solved",
     "as_tensors",
+    "full_precision",
     "to_host",
     "undone_on_failure",
 ]
@@ -56,7 +60,6 @@ class Solved:
         direction: [P] of the shared parameters, or of the representation; None if the step is refused.
         record: the decision in plain numbers.
         features, given: representation and losses as the closure gave them.
-        step: the T tasks, with the losses of the pass (this rank's shares of them).
     """
 
     taken: Taken
@@ -65,22 +68,16 @@ class Solved:
     record: StepRecord
     features: Any
     given: Losses
-    step: Prepared
 
     @property
     def gradients(self) -> TaskGradients:
-        """What the method saw."""
+        """What the method saw: the tasks of the shared problem."""
         return self.taken.gradients
 
     @property
-    def losses(self) -> Sequence[torch.Tensor]:
-        """T losses of the first pass, this rank's shares of them."""
-        return self.step.losses
-
-    @property
-    def shares(self) -> Sequence[float]:
-        """This rank's part of each task's examples; of no meaning on a single process."""
-        return self.step.shares
+    def step(self) -> Step:
+        """The T tasks, with the losses of the pass (this rank's shares of them)."""
+        return self.taken.step
 
     @property
     def ranks(self) -> Ranks | None:
@@ -90,12 +87,12 @@ class Solved:
     @property
     def own(self) -> Sequence[Gradients]:
         """For each task its own parameters with their gradients, on several processes this rank's part."""
-        return self.taken.graph.own
+        return self.taken.walked.own
 
     @property
     def in_parts(self) -> bool:
         """Whether the Jacobian and the direction are this rank's part of them."""
-        return self.taken.graph.partial
+        return self.taken.walked.partial
 
     @property
     def alone(self) -> bool:
@@ -105,23 +102,31 @@ class Solved:
     @property
     def columns(self) -> Sequence[torch.Tensor]:
         """The shared parameters in the order of the Jacobian's columns."""
-        return self.taken.graph.columns
+        return self.taken.columns
 
     @property
     def local_direction(self) -> torch.Tensor:
         """[p] the direction in this rank's part of the representation."""
-        assert self.direction is not None
-        part = getattr(self.taken.graph, "mine", None)
+        assert self.direction is not None and isinstance(self.taken.walked, FeaturesPass)
+        part = self.taken.walked.mine
         return self.direction if part is None else self.direction[part]
 
     @property
     def past_features(self) -> bool:
         """Whether a loss reaches shared parameters past the representation."""
-        return any(getattr(self.taken.graph, "direct", ()))
+        return isinstance(self.taken.walked, FeaturesPass) and any(self.taken.walked.direct)
+
+    def of_all(self, values: np.ndarray) -> np.ndarray:
+        """Spread numbers of the tasks of the shared problem over all T; a task outside of it has 0."""
+        if len(self.step.inside) == len(self.step.names):
+            return values
+        spread = np.zeros(len(self.step.names))
+        spread[list(self.step.inside)] = values
+        return spread
 
     def own_gradients(self) -> Gradients:
         """Pair the own parameters with the gradients of the whole batch, one pair for each task that reaches one."""
-        return self.taken.graph.own_gradients()
+        return self.taken.own_gradients()
 
     def shared_gradients(self) -> Gradients:
         """Pair the shared parameters with what the direction gives each of them; none where it is stationary.
@@ -171,37 +176,29 @@ class Engine:
         """
         features: Any = None
         losses: Losses = {}
-        failed: list[Exception] = []
+        failed: Exception | None = None
         try:
             features, losses = first()
         except Exception as error:
-            failed.append(error)
-
-        def check() -> None:
-            if failed:
-                raise failed[0]
-
-        where = Where.given(features if self.on_features else None, self.shared, self.task_specific, None)
-        ranks, known = ranks_of(process_group), self.method.tasks
-        step = prepare(losses, where, self.memory, ranks, samples=samples, known=known, check=check)
+            failed = error
         needs = self.method.needs_now()
-        graph = take(
-            step,
-            where,
-            self.memory,
-            retain_graph=False,
-            mode="fast",
-            activations="activations" in needs,
-            whole=self.whole or asks_for_rows(needs),
+        request = Request(
+            Named.read(features if self.on_features else None, self.shared, self.task_specific),
+            needs,
+            whole=self.whole or not needs <= NUMBERS,
+            samples=samples,
+            process_group=process_group,
+            refused=failed,
         )
-        if graph is None:
-            raise ValueError(
-                "no parameter named in shared= requires a gradient, so there is nothing to search along."
-            )
-        taken = measure_gradients(step.names, graph, blocks="blocks" in needs)
-        combination = of_first_rank(self.method.combine(taken.gradients), step)
-        record = record_of(taken.gradients, combination)
-        direction = None
-        if combination.accepted:
-            direction = with_direction(combination, taken.gradients).direction
-        return Solved(taken, combination, direction, record, features, losses, step)
+        with full_precision():
+            taken = task_gradients(prepare(losses, request, self.memory, self.method.tasks))
+            if taken is None:
+                raise ValueError(
+                    "no parameter named in shared= requires a gradient, so there is nothing to search along."
+                )
+            combination = decide(self.method, taken)
+            record = record_of(taken, combination)
+            direction = None
+            if combination.accepted:
+                direction = with_direction(combination, taken.gradients).direction
+        return Solved(taken, combination, direction, record, features, losses)

@@ -42,15 +42,12 @@ class BatchLosses:
     @classmethod
     def of(cls, solved: Solved) -> BatchLosses:
         """Take the tasks from the first pass; every later one must give the same."""
-        given, gradients = solved.given, solved.gradients
+        given, step = solved.given, solved.step
         tasks = tuple(map(str, given if isinstance(given, Mapping) else range(len(given))))
-        assert gradients.losses is not None
-        epsilon = np.array([torch.finfo(loss.dtype).eps for loss in solved.losses])
+        epsilon = np.array([torch.finfo(loss.dtype).eps for loss in step.losses])
         if solved.ranks is not None:
-            epsilon = epsilon * (np.array(solved.shares) > 0)
-        return cls(
-            gradients.names, tasks, solved.losses, gradients.losses, epsilon, solved.shares, solved.ranks
-        )
+            epsilon = epsilon * (np.array(step.shares) > 0)
+        return cls(step.names, tasks, step.losses, solved.taken.losses, epsilon, step.shares, solved.ranks)
 
     def read(self, run: Callable[[], Losses], unread: Sequence[torch.Tensor] = ()) -> tuple[Array, Array]:
         """Bring the losses [T] of the whole batch to the host, where ``run`` gives this rank's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,13 +13,12 @@ import numpy as np
 import torch
 
 from detente.autograd.engine import Taken
-from detente.autograd.layout import finite, probes
-from detente.autograd.numbers import GradientNotFinite, to_host
+from detente.autograd.numbers import GradientNotFinite
 from detente.autograd.step import Step
 from detente.diagnostics.conflict import measure_altered, measure_conflict
 from detente.methods.base import Method
 from detente.methods.registry import info_of
-from detente.values import Combination, StepRecord, TaskGradients
+from detente.values import Combination, Conflict, StepRecord, TaskGradients
 
 LOW = "memory='low': task gradients were taken in {} and not kept"
 # What a method may need and still get by, on several processes, with one part of every gradient on each.
@@ -36,6 +36,11 @@ def record_of(taken: Taken, combination: Combination) -> StepRecord:
     assert gradients.gramian is not None
     transform = None if combination.transform is None else combination.transform.numpy()
     raw = measure_conflict(gradients.gramian)
+    altered = None if transform is None else measure_altered(gradients.gramian, transform)
+    notes = _notes(taken, combination, raw.norms)
+    if len(step.inside) < len(step.names):
+        raw = _of_all(raw, step)
+        altered = None if altered is None else _of_all(altered, step)
     weights: list[float | None] = [None] * len(step.names)
     if combination.weights is not None:
         for task, weight in zip(step.inside, combination.weights.tolist(), strict=True):
@@ -47,12 +52,24 @@ def record_of(taken: Taken, combination: Combination) -> StepRecord:
         status=combination.status,
         space=gradients.space,
         raw=raw,
-        altered=None if transform is None else measure_altered(gradients.gramian, transform),
+        altered=altered,
         kept_rank=combination.kept_rank,
         dropped=(*outside(step), *combination.dropped),
-        notes=_notes(taken, combination, raw.norms),
+        notes=notes,
         residual=combination.residual,
     )
+
+
+def _of_all(conflict: Conflict, step: Step) -> Conflict:
+    """Return norms and cosines for all tasks of a step, 0 for those outside of the shared problem."""
+    place = {task: row for row, task in enumerate(step.inside)}
+    rows = [place.get(task) for task in range(len(step.names))]
+    norms = tuple(0.0 if row is None else conflict.norms[row] for row in rows)
+    cosines = tuple(
+        tuple(0.0 if row is None or column is None else conflict.cosines[row][column] for column in rows)
+        for row in rows
+    )
+    return replace(conflict, norms=norms, cosines=cosines)
 
 
 def outside(step: Step) -> tuple[str, ...]:
@@ -137,8 +154,10 @@ def check_result(method: Method, combination: Combination) -> None:
         sound = sound and (numbers is None or bool(np.isfinite(numbers.numpy()).all()))
     direction = combination.direction
     if sound and direction is not None and combination.status == "ok":
-        (probed,) = to_host([probes([direction])])
-        sound = bool(finite([direction], probed).all())
+        # No number on the host tells: the few methods that give a direction of their own wait for a device once more.
+        total = direction.detach().sum(dtype=torch.promote_types(direction.dtype, torch.float32))
+        sound = math.isfinite(total.numpy() if total.is_cpu else total)
+        sound = sound or bool(torch.isfinite(direction).all())
     if not sound:
         raise GradientNotFinite(not_finite(method))
 
