@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from detente.methods.base import Method, one_of
-from detente.methods.checks import Array, number, sized
+from detente.methods.checks import Array, layout_of, number, sized
 from detente.methods.guard import Guard, Refuse
 from detente.methods.noise import follow
 from detente.methods.wrapping import register_wrapper
@@ -152,7 +152,7 @@ class Adaptive(Guard):
     def bounds(self, gradients: TaskGradients) -> tuple[Array, tuple[str, ...]]:
         """λ ε̂ of the tasks with an estimate."""
         if self.mean is not None:
-            sized(self, self.mean, self._like(gradients))
+            sized(self, self.mean, self._like(gradients), gradients)
         squared, known = self._estimated(self.positions(gradients.names))
         name = self.declares.name
         if not known.any():
@@ -176,7 +176,7 @@ class Adaptive(Guard):
         assert jacobian is not None and self.tasks is not None
         at = self.positions(gradients.names)
         everyone = gradients.names == self.tasks
-        mean, variance = sized(self, self.mean, self._like(gradients)), self.variance.to(jacobian.device)
+        mean, variance = sized(self, self.mean, self._like(gradients), gradients), self.variance.to(jacobian.device)
         samples = self.samples.numpy()[at] + 1
         share = (1 - self.decay) / (1 - self.decay**samples) if self.statistics == "running" else 1 / samples
         host, place = torch.from_numpy(at), torch.from_numpy(at).to(jacobian.device)
@@ -186,6 +186,7 @@ class Adaptive(Guard):
             moved, distances = follow(mean[place], variance[place], jacobian, share)
             self.mean = mean.index_copy(0, place, moved)
             self.variance = variance.index_copy(0, place, distances)
+        self.columns = layout_of(gradients)
         self.samples = self.samples.index_copy(0, host, torch.from_numpy(samples))
 
     def epoch_ended(self) -> None:

@@ -128,6 +128,7 @@ class Method(nn.Module, ABC):
         Declaration  # of the class; of the instance where an option or a wrapped method changes what holds
     )
     generator: torch.Generator | None
+    columns: torch.Tensor | None
     _preference_option: ClassVar[str] = "preference"  # what the option is called in messages
 
     def __init__(self, *, preference: Preference = None, seed: int | None = None) -> None:
@@ -140,6 +141,8 @@ class Method(nn.Module, ABC):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
             raise ValueError(f"option seed is {seed!r}; give a whole number.")
         self.generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+        # Which parameters the columns of a state of their size belong to; of this process alone, so never saved.
+        self.register_buffer("columns", None, persistent=False)
 
     # ---- what an author writes
 
@@ -296,6 +299,7 @@ class Method(nn.Module, ABC):
         if saved is not None:
             self.bind(saved)
         self.awaited = None if saved is None else tuple(saved)
+        self._buffers["columns"] = None
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
             if loaded is not None and (buffer is None or buffer.shape != loaded.shape):

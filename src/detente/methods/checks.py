@@ -151,20 +151,35 @@ def count(option: str, value: int | None, *, least: int) -> int | None:
     return None if value is None else int(value)
 
 
-def sized(method: Method, state: torch.Tensor | None, jacobian: torch.Tensor) -> torch.Tensor:
-    """A [tasks, P] state as it is, or zeros like the Jacobian where there is none yet.
+def sized(
+    method: Method, state: torch.Tensor | None, jacobian: torch.Tensor, gradients: TaskGradients
+) -> torch.Tensor:
+    """Return a [tasks, P] state in the order of the Jacobian's columns, or zeros where there is none yet.
+
+    The state goes with the parameters, not with their places: where another order of the parameters, or more or fewer
+    of them, is given than last time (``method.columns``, see :func:`layout_of`), the columns follow, and those of new
+    parameters are zero.
+
+    Args:
+        method: whose state it is.
+        state: None before the first step.
+        jacobian: [T, P], whose dtype and device the state takes.
+        gradients: tell which parameter each column belongs to, where they know.
 
     Raises:
-        ValueError: the Jacobian [T, P] has another number of columns than the state.
+        ValueError: the Jacobian has another number of columns than the state, and nothing tells which are which.
 
     Example:
         >>> import detente
-        >>> sized(detente.create("db-mtl", tasks=2), None, torch.ones(2, 3)).shape
+        >>> sized(detente.create("db-mtl", tasks=2), None, torch.ones(2, 3), TaskGradients(("a", "b"))).shape
         torch.Size([2, 3])
     """
     assert method.tasks is not None
     if state is None:
         return jacobian.new_zeros(len(method.tasks), jacobian.shape[1])
+    known, now = method._buffers.get("columns"), layout_of(gradients)
+    if known is not None and now is not None and not torch.equal(known, now):
+        return _reordered(state, known, now).to(jacobian)
     if state.shape[1] != jacobian.shape[1]:
         raise ValueError(
             f"{method.declares.name} remembers gradients of {state.shape[1]} shared parameters and was given "
@@ -172,6 +187,24 @@ def sized(method: Method, state: torch.Tensor | None, jacobian: torch.Tensor) ->
             "new method."
         )
     return state.to(jacobian)
+
+
+def layout_of(gradients: TaskGradients) -> torch.Tensor | None:
+    """Return key and width [K, 2] of the parameters behind the columns, for a method's buffer; None if unknown.
+
+    Example:
+        >>> layout_of(TaskGradients(("a",), columns=((0, 6), (1, 2)))).tolist()
+        [[0, 6], [1, 2]]
+    """
+    return torch.tensor(gradients.columns, dtype=torch.int64) if gradients.columns else None
+
+
+def _reordered(state: torch.Tensor, known: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Return the columns of a state [T, P] as the parameters now follow one another; new ones are zero."""
+    pieces = torch.split(state, known[:, 1].tolist(), dim=1)
+    held = {(key, width): piece for (key, width), piece in zip(known.tolist(), pieces, strict=True)}
+    found = [held.get((key, width), state.new_zeros(len(state), width)) for key, width in now.tolist()]
+    return torch.cat(found, dim=1)
 
 
 def check_range(method: Method, gradients: TaskGradients, sizes: np.ndarray) -> None:

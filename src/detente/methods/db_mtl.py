@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import check_range, number, positive_losses, sized
+from detente.methods.checks import check_range, layout_of, number, positive_losses, sized
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -77,7 +77,7 @@ class DBMTL(Method):
         assert jacobian is not None and self.tasks is not None
         losses = positive_losses(self, gradients)
         at = self.positions(gradients.names)
-        known = sized(self, self.means, jacobian)
+        known = sized(self, self.means, jacobian, gradients)
         rows = None if gradients.names == self.tasks else torch.from_numpy(at).to(jacobian.device)
         steps = self.steps.numpy()
         keep = self.beta / (steps[at] + 1.0) ** self.sigma
@@ -87,6 +87,7 @@ class DBMTL(Method):
         check_range(self, gradients, norms)
         factors = np.divide(norms.max(), norms, out=np.zeros(len(norms)), where=norms > 0)
         self.means = means if rows is None else known.index_copy(0, rows, means)
+        self.columns = layout_of(gradients)
         steps[at] += 1
         if not norms.any():
             return Combination(direction=jacobian.new_zeros(jacobian.shape[1]), status="stationary")

@@ -7,7 +7,7 @@ import torch
 
 from detente.geometry.softmax import softmax
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import check_range, number, sized
+from detente.methods.checks import check_range, layout_of, number, sized
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -77,7 +77,7 @@ class ExcessMTL(Method):
         jacobian = gradients.jacobian
         assert jacobian is not None and self.tasks is not None
         at = self.positions(gradients.names)
-        known = sized(self, self.roots, jacobian)
+        known = sized(self, self.roots, jacobian, gradients)
         rows = None if gradients.names == self.tasks else torch.from_numpy(at).to(jacobian.device)
         # hypot: the squares of gradients leave the range of float32 long before the gradients do.
         roots = torch.hypot(known if rows is None else known[rows], jacobian)
@@ -89,4 +89,5 @@ class ExcessMTL(Method):
         log_weights[at] += self.lr * np.divide(excess, start, out=np.zeros(len(at)), where=start > 0)
         first[at] = start
         self.roots = roots if rows is None else known.index_copy(0, rows, roots)
+        self.columns = layout_of(gradients)
         return Combination(weights=torch.from_numpy(gradients.tasks * softmax(log_weights[at])))

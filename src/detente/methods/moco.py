@@ -9,7 +9,7 @@ import torch
 
 from detente.geometry.projection import project_onto_simplex
 from detente.methods.base import Declaration, Method, one_of
-from detente.methods.checks import number, sized
+from detente.methods.checks import layout_of, number, sized
 from detente.methods.products import inner_products
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
@@ -105,7 +105,7 @@ class MoCo(Method):
         at = self.positions(gradients.names)
         everyone = gradients.names == self.tasks
         place = torch.from_numpy(at).to(jacobian.device)
-        tracked = sized(self, self.tracked, jacobian)
+        tracked = sized(self, self.tracked, jacobian, gradients)
         steps = self.steps.numpy()[at] + 1
         share = np.minimum(self.beta / steps**self.beta_decay, 1.0)
         if self.form == "normalized":
@@ -117,6 +117,7 @@ class MoCo(Method):
         gamma = self.gamma / float(steps.max()) ** self.gamma_decay
         weights = simplex_step(self.weights.numpy()[at], products / (size or 1.0), gamma, self.rho)
         self.tracked = means if everyone else tracked.index_copy(0, place, means)
+        self.columns = layout_of(gradients)
         self.steps.numpy()[at] = steps
         self.weights.numpy()[at] = weights
         if not products.any():
