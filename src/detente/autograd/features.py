@@ -18,6 +18,9 @@ from detente.autograd.jacobian import Pass, reached_own
 from detente.autograd.layout import Gradients, Layout, gradients_of, present
 from detente.autograd.step import Step
 
+# Largest entry of a direction that enters an encoder in float16, which sums it over examples and multiplies it.
+_PEAK = 2.0**6
+
 
 @dataclass(frozen=True)
 class FeaturesPass(Pass):
@@ -189,11 +192,19 @@ def _behind(
 ) -> Gradients:
     """Carry a direction [P] of the representation back to leaves behind it, in one backward."""
     features = step.roles.on
+    shrunk = None
+    if any(feature.dtype == torch.float16 for feature in features):
+        # A scaler's factor may take it out of the range of float16: a power of two brings it back, and is undone below.
+        shrunk = torch.exp2((direction.abs().amax() / _PEAK).log2().ceil().clamp(min=0.0))
+        direction = direction / shrunk
     pieces = Layout(features).split(direction)
     outputs = [feature for feature, one in zip(features, used, strict=True) if one]
     seeds = [piece for piece, one in zip(pieces, used, strict=True) if one]
     with step.recomputation:
-        return present(leaves, gradients_of(outputs, leaves, seeds, retain_graph=retain_graph))
+        found = gradients_of(outputs, leaves, seeds, retain_graph=retain_graph)
+    if shrunk is not None:
+        found = [None if g is None else g * shrunk.to(device=g.device, dtype=g.dtype) for g in found]
+    return present(leaves, found)
 
 
 def _reached(
