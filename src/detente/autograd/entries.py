@@ -23,3 +23,15 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
         torch.strided
     """
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def sum_of(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the sum of two gradients: sparse if both are, else dense.
+
+    Example:
+        >>> sum_of(torch.eye(2).to_sparse(), torch.eye(2)).layout
+        torch.strided
+    """
+    if one.layout is not torch.strided and other.layout is torch.strided:
+        return other + one  # torch adds a sparse tensor to a dense one, and not the other way round
+    return one + other

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
+from detente.autograd.entries import sum_of
 from detente.autograd.graph import gradient_edge, walk
 from detente.autograd.jacobian import Pass, reached_own
 from detente.autograd.layout import Gradients, Layout, gradients_of, present
@@ -59,7 +61,7 @@ class FeaturesPass(Pass):
             for row, task in enumerate(step.inside):
                 for tensor, gradient in self.direct[task]:
                     part = gradient * weights[row].to(device=gradient.device, dtype=gradient.dtype)
-                    total[tensor] = total[tensor] + part if tensor in total else part
+                    total[tensor] = sum_of(total[tensor], part) if tensor in total else part
         return list(total.items())
 
 
@@ -150,31 +152,25 @@ def _at_once(
     roles, branches = step.roles, step.request.named.branches
     assert branches is not None
     count = len(roles.on)
-    inputs: list[torch.Tensor] = []
-    for name in step.names:
-        inputs += [part for part in branches.parts(name) if part.requires_grad]
-    start = len(inputs)
-    for mine in roles.own:
-        inputs += mine
-    found = gradients_of(step.scaled, inputs, None, retain_graph=step.retain_graph)
+    branched = [[part for part in branches.parts(name) if part.requires_grad] for name in step.names]
+    past = [_past(step, task) for task in range(len(step.names))]
+    inputs = [t for task, mine in enumerate(roles.own) for t in (*branched[task], *past[task], *mine)]
+    found = iter(gradients_of(step.scaled, inputs, None, retain_graph=step.retain_graph))
     used = [False] * count
     own: list[Gradients] = []
-    place, row = 0, 0
+    direct: list[Gradients] = []
+    row = 0
     for task, name in enumerate(step.names):
-        parts: list[torch.Tensor | None] = [None] * count
-        for number, part in enumerate(branches.parts(name)):
-            if part.requires_grad:
-                parts[number] = found[place]
-                used[number] = used[number] or found[place] is not None
-                place += 1
+        parts = [next(found) if part.requires_grad else None for part in branches.parts(name)]
+        parts = parts or [None] * count
+        used = [before or gradient is not None for before, gradient in zip(used, parts, strict=True)]
         if task in step.inside:
             layout.write(jacobian[row], parts)
             row += 1
-        mine = roles.own[task]
-        own.append(present(mine, found[start : start + len(mine)]))
-        start += len(mine)
+        direct.append(present(past[task], islice(found, len(past[task]))))
+        own.append(present(roles.own[task], islice(found, len(roles.own[task]))))
     step.recomputation.next()
-    return used, tuple(own), ((),) * len(step.names)  # type: ignore[return-value]
+    return used, tuple(own), tuple(direct)
 
 
 def _past(step: Step, task: int) -> list[torch.Tensor]:

@@ -414,6 +414,8 @@ def _one_by_one(
             own.append(present(mine, found[len(wanted) :]))
             del found, left  # their memory serves the next task's gradients
             recomputation.next()
+    if step.reduction is not None:  # the other ranks' entries lie elsewhere: the sum over the ranks is dense
+        entries.clear()
     sparse = {tensor: torch.unique(torch.cat(found)) for tensor, found in entries.items() if found}
     return tuple(own), touched, sparse
 
