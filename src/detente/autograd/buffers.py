@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils import checkpoint
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,17 @@ def write_buffers(kept: Sequence[Buffers]) -> None:
 class Recomputation:
     """Keep buffers still where several backwards run the same modules again (activation checkpointing).
 
-    A plain backward runs a checkpointed part of the network once more, and so do ours, once per task. Statistics such
-    as those of batch normalisation move with the first of them, as they would in a plain backward, and are put back
-    after the others.
+    A plain backward runs each checkpointed region of the network once more, and so do ours, once per task. Statistics
+    such as those of batch normalisation move with the first run of a region, as they would in a plain backward. Further
+    runs begin with the buffers that the first one began with (a spectral norm reads them), and what the buffers held is
+    put back afterwards. Where regions share a module, they move it in the order in which they are first run.
     """
 
     def __init__(self) -> None:
-        self._before: set[nn.Module] = set()
-        self._now: set[nn.Module] = set()
-        self._kept: list[Buffers] = []
+        # Of each region the modules it runs, with their buffers before its first run.
+        self._origins: WeakKeyDictionary[Any, dict[nn.Module, Buffers]] = WeakKeyDictionary()
+        self._first: set[tuple[int, nn.Module]] = set()  # in the current backward
+        self._replaced: dict[nn.Module, tuple[Any, Buffers]] = {}
         self._handle: Any = None
 
     def __enter__(self) -> Self:
@@ -78,13 +83,38 @@ class Recomputation:
 
     def next(self) -> None:
         """End one backward; what ran in it stands still in those that follow."""
-        if self._now:
-            write_buffers(self._kept)
-            self._before |= self._now
-            self._now, self._kept = set(), []
+        if self._replaced:
+            write_buffers([held for _, held in self._replaced.values()])
+            self._replaced = {}
+        self._first.clear()
 
     def _see(self, module: nn.Module, _: Any) -> None:
-        if module._buffers and module not in self._now:
-            self._now.add(module)
-            if module in self._before:
-                self._kept.append(read_buffers(module))
+        if not module._buffers:
+            return
+        region = _region() or self
+        if module in self._replaced:
+            known, held = self._replaced[module]
+            if known is region:
+                return
+            write_buffers([held])
+            del self._replaced[module]
+        origins = self._origins.setdefault(region, {})
+        if module not in origins:
+            origins[module] = read_buffers(module)
+            self._first.add((id(region), module))
+        elif (id(region), module) not in self._first:
+            self._replaced[module] = region, read_buffers(module)
+            write_buffers([origins[module]])
+
+
+def _region() -> Any:
+    """Return what stands for the checkpointed region that is being run again; None if none is.
+
+    torch tells it nowhere but in the closure of the function that runs the region.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "unpack_hook" and frame.f_code.co_filename == checkpoint.__file__:
+            return frame.f_locals.get("frame")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
