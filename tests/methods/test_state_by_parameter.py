@@ -10,6 +10,7 @@ from torch import nn
 
 import detente
 
+
 class Net:
     """A trunk and two heads on batches that all runs draw alike."""
 

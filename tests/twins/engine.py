@@ -42,7 +42,9 @@ class Spy(detente.Method):
             weights = [self.weights[name] for name in gradients.names]
         else:
             weights = [1.0] * gradients.tasks if self.weights is None else list(self.weights)
-        if len(weights) > gradients.tasks and self.tasks is not None:  # of all tasks; some reach nothing shared
+        if (
+            len(weights) > gradients.tasks and self.tasks is not None
+        ):  # of all tasks; some reach nothing shared
             weights = [weights[place] for place in self.positions(gradients.names)]
         return detente.Combination(weights=torch.tensor(weights, dtype=torch.float64), status=self.status)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from detente.autograd.batched import TAKE
+from detente.autograd.entries import sum_of
 from detente.autograd.jacobian import ExactPass, Rows, exact_pass, rows_for
 from detente.autograd.layout import Layout
 from detente.autograd.roles import Roles
@@ -74,7 +75,7 @@ class Accumulation:
             held = self._own[place]
             for tensor, gradient in own:
                 part = gradient * total
-                held[tensor] = held[tensor] + part if tensor in held else part
+                held[tensor] = sum_of(held[tensor], part) if tensor in held else part
         for tensor in walked.reached:
             if tensor in walked.sparse:
                 self._sparse.setdefault(tensor, []).append(walked.sparse[tensor])

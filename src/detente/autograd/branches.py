@@ -67,7 +67,7 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
         ``z``: do not change them in place. Where ``z`` carries no graph (evaluation), each branch is as ``z`` is.
 
     Raises:
-        ValueError: no names, or two alike.
+        ValueError: no names, or two alike, or the same tensor twice.
         TypeError: ``z`` is neither a tensor nor a sequence of tensors.
 
     Example:
@@ -88,6 +88,8 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
             raise TypeError(
                 f"branch takes a tensor or a sequence of tensors; one entry is a {type(part).__name__}."
             )
+    if len({id(part) for part in given}) < len(given):
+        raise ValueError("branch was given the same tensor twice; the heads can read its branch twice.")
     told = tuple(map(str, range(names) if isinstance(names, int) else names))
     if not told or len(set(told)) < len(told):
         raise ValueError(f"names is {names!r}; give at least one name for the tasks, and no name twice.")

@@ -49,3 +49,15 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
         tensor([1., 2., 3., 4.])
     """
     return real(dense(tensor)).reshape(-1)
+
+
+def sum_of(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Add two gradients: sparse if both are, else dense.
+
+    Example:
+        >>> sum_of(torch.eye(2).to_sparse(), torch.eye(2)).layout
+        torch.strided
+    """
+    if one.layout is not torch.strided and other.layout is torch.strided:
+        return other + one  # torch adds a sparse tensor to a dense one, and not the other way round
+    return one + other

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
+from detente.autograd.entries import sum_of
 from detente.autograd.graph import gradient_edge, walk
 from detente.autograd.jacobian import Pass
 from detente.autograd.layout import Gradients, Layout, gradients_of, present
 from detente.autograd.step import Step
+
+# Largest entry of a direction that enters an encoder in float16, which sums it over examples and multiplies it.
+_PEAK = 2.0**6
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class FeaturesPass(Pass):
             for row, task in enumerate(step.inside):
                 for tensor, gradient in self.direct[task]:
                     part = gradient * weights[row].to(device=gradient.device, dtype=gradient.dtype)
-                    total[tensor] = total[tensor] + part if tensor in total else part
+                    total[tensor] = sum_of(total[tensor], part) if tensor in total else part
         return list(total.items())
 
 
@@ -147,31 +152,25 @@ def _at_once(
     roles, branches = step.roles, step.request.named.branches
     assert branches is not None
     count = len(roles.on)
-    inputs: list[torch.Tensor] = []
-    for name in step.names:
-        inputs += [part for part in branches.parts(name) if part.requires_grad]
-    start = len(inputs)
-    for mine in roles.own:
-        inputs += mine
-    found = gradients_of(step.scaled, inputs, None, retain_graph=step.request.retain_graph)
+    branched = [[part for part in branches.parts(name) if part.requires_grad] for name in step.names]
+    past = [_past(step, task) for task in range(len(step.names))]
+    inputs = [t for task, mine in enumerate(roles.own) for t in (*branched[task], *past[task], *mine)]
+    found = iter(gradients_of(step.scaled, inputs, None, retain_graph=step.request.retain_graph))
     used = [False] * count
     own: list[Gradients] = []
-    place, row = 0, 0
+    direct: list[Gradients] = []
+    row = 0
     for task, name in enumerate(step.names):
-        parts: list[torch.Tensor | None] = [None] * count
-        for number, part in enumerate(branches.parts(name)):
-            if part.requires_grad:
-                parts[number] = found[place]
-                used[number] = used[number] or found[place] is not None
-                place += 1
+        parts = [next(found) if part.requires_grad else None for part in branches.parts(name)]
+        parts = parts or [None] * count
+        used = [before or gradient is not None for before, gradient in zip(used, parts, strict=True)]
         if task in step.inside:
             layout.write(jacobian[row], parts)
             row += 1
-        mine = roles.own[task]
-        own.append(present(mine, found[start : start + len(mine)]))
-        start += len(mine)
+        direct.append(present(past[task], islice(found, len(past[task]))))
+        own.append(present(roles.own[task], islice(found, len(roles.own[task]))))
     step.recomputation.next()
-    return used, tuple(own), ((),) * len(step.names)  # type: ignore[return-value]
+    return used, tuple(own), tuple(direct)
 
 
 def _past(step: Step, task: int) -> list[torch.Tensor]:
@@ -189,11 +188,19 @@ def _behind(
 ) -> Gradients:
     """Carry a direction [P] of the representation back to leaves behind it, in one backward."""
     features = step.roles.on
+    shrunk = None
+    if any(feature.dtype == torch.float16 for feature in features):
+        # A scaler's factor may take it out of the range of float16: a power of two brings it back, and is undone below.
+        shrunk = torch.exp2((direction.abs().amax() / _PEAK).log2().ceil().clamp(min=0.0))
+        direction = direction / shrunk
     pieces = Layout(features).split(direction)
     outputs = [feature for feature, one in zip(features, used, strict=True) if one]
     seeds = [piece for piece, one in zip(pieces, used, strict=True) if one]
     with step.recomputation:
-        return present(leaves, gradients_of(outputs, leaves, seeds, retain_graph=retain_graph))
+        found = gradients_of(outputs, leaves, seeds, retain_graph=retain_graph)
+    if shrunk is not None:
+        found = [None if g is None else g * shrunk.to(device=g.device, dtype=g.dtype) for g in found]
+    return present(leaves, found)
 
 
 def _reached(

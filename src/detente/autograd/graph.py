@@ -10,16 +10,19 @@ A backward through the graph may run modules again (activation checkpointing): :
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Self, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils import checkpoint
 
 from detente.autograd.buffers import Buffers, read_buffers, write_buffers
 
@@ -279,18 +282,20 @@ def _flags(kind: type) -> int:
     return flags
 
 
-@dataclass
+@dataclass(eq=False)
 class Recomputation:
     """Keep buffers still where several backwards run the same modules again (activation checkpointing).
 
-    A plain backward runs a checkpointed part of the network once more, and so do ours, once per task. Statistics such
-    as those of batch normalisation move with the first of them, as they would in a plain backward, and are put back
-    after the others.
+    A plain backward runs each checkpointed region of the network once more, and so do ours, once per task. Statistics
+    such as those of batch normalisation move with the first run of a region, as they would in a plain backward. Further
+    runs begin with the buffers that the first one began with (a spectral norm reads them), and what the buffers held is
+    put back afterwards. Where regions share a module, they move it in the order in which they are first run.
     """
 
-    _before: set[nn.Module] = field(default_factory=set)
-    _now: set[nn.Module] = field(default_factory=set)
-    _kept: list[Buffers] = field(default_factory=list)
+    # Of each region the modules it runs, with their buffers before its first run.
+    _origins: WeakKeyDictionary[Any, dict[nn.Module, Buffers]] = field(default_factory=WeakKeyDictionary)
+    _first: set[tuple[int, nn.Module]] = field(default_factory=set)  # in the current backward
+    _replaced: dict[nn.Module, tuple[Any, Buffers]] = field(default_factory=dict)
     _handle: Any = None
 
     def __enter__(self) -> Self:
@@ -303,13 +308,38 @@ class Recomputation:
 
     def next(self) -> None:
         """End one backward; what ran in it stands still in those that follow."""
-        if self._now:
-            write_buffers(self._kept)
-            self._before |= self._now
-            self._now, self._kept = set(), []
+        if self._replaced:
+            write_buffers([held for _, held in self._replaced.values()])
+            self._replaced = {}
+        self._first.clear()
 
     def _see(self, module: nn.Module, _: Any) -> None:
-        if module._buffers and module not in self._now:
-            self._now.add(module)
-            if module in self._before:
-                self._kept.append(read_buffers(module))
+        if not module._buffers:
+            return
+        region = _region() or self
+        if module in self._replaced:
+            known, held = self._replaced[module]
+            if known is region:
+                return
+            write_buffers([held])
+            del self._replaced[module]
+        origins = self._origins.setdefault(region, {})
+        if module not in origins:
+            origins[module] = read_buffers(module)
+            self._first.add((id(region), module))
+        elif (id(region), module) not in self._first:
+            self._replaced[module] = region, read_buffers(module)
+            write_buffers([origins[module]])
+
+
+def _region() -> Any:
+    """Return what stands for the checkpointed region that is being run again; None if none is.
+
+    torch tells it nowhere but in the closure of the function that runs the region.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "unpack_hook" and frame.f_code.co_filename == checkpoint.__file__:
+            return frame.f_locals.get("frame")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -405,7 +405,8 @@ def one_by_one(step: Step, rows: Rows) -> Walked:
             recomputation.next()
     sparse = {}
     for tensor, held in entries.items():
-        if held:
+        # On several processes the other ranks' entries lie elsewhere: the sum over the ranks is dense.
+        if held and step.reduction is None:
             sparse[tensor] = torch.unique(torch.cat(held))
     return tuple(own), touched, sparse
 

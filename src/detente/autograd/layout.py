@@ -14,6 +14,8 @@ Gradients = list[tuple[torch.Tensor, torch.Tensor]]
 
 # Columns whose weighted sum is taken at once.
 _GROUP = 1 << 20
+# Tensors whose operations are torch's own.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Entries of a tensor on the CPU below which a call costs more than the reading.
 _SMALL = 1 << 15
 
@@ -246,10 +248,33 @@ def accumulate(gradients: Gradients) -> None:
                     address = gradient.data_ptr()
                 addresses.add(address)
             fresh[tensor] = gradient
-        for there, gradient in added:
-            there.add_(gradient)
+        _write(fresh, added)
+
+
+def _write(fresh: dict[torch.Tensor, torch.Tensor], added: Gradients) -> None:
+    """Set every new ``.grad`` and add to those that are there, or leave all of them as they were.
+
+    What may fail comes first, where it can be undone: adding to a plain tensor that fits does not fail.
+    """
+    before: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    copies: Gradients = []
+    plain = [pair for pair in added if type(pair[0]) in _PLAIN]
+    try:
         for tensor, gradient in fresh.items():
+            before.append((tensor, tensor.grad))
             tensor.grad = gradient
+        for there, gradient in added:
+            if type(there) not in _PLAIN:
+                copies.append((there, there.clone()))
+                there.add_(gradient)
+    except BaseException:  # also when the user interrupts
+        for there, copy in copies:
+            there.copy_(copy)
+        for tensor, held in before:
+            tensor.grad = held
+        raise
+    for there, gradient in plain:
+        there.add_(gradient)
 
 
 def _laid_out(gradient: torch.Tensor, like: torch.Tensor, *, copied: bool) -> torch.Tensor:
@@ -270,4 +295,13 @@ def _check_fits(tensor: torch.Tensor, there: torch.Tensor, gradient: torch.Tenso
             f"a parameter of shape {tuple(tensor.shape)} has a .grad of shape {tuple(there.shape)}, {there.dtype} on "
             f"{there.device}, to which a gradient of shape {tuple(gradient.shape)}, {gradient.dtype} on "
             f"{gradient.device} cannot be added. Nothing was changed; set .grad to None first (optimizer.zero_grad())."
+        )
+    expanded = there.layout is torch.strided and any(
+        step == 0 and size > 1 for step, size in zip(there.stride(), there.shape, strict=True)
+    )
+    if expanded or (there.is_inference() and not torch.is_inference_mode_enabled()):
+        kind = "an expanded tensor" if expanded else "a tensor made under torch.inference_mode()"
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} has {kind} for a .grad, to which nothing can be added. "
+            "Nothing was changed; set .grad to None first (optimizer.zero_grad())."
         )

@@ -21,6 +21,7 @@ import torch
 from torch.autograd.graph import GradientEdge, Node
 
 from detente.autograd.buckets import Buckets, in_common_order
+from detente.autograd.entries import sum_of
 from detente.autograd.graph import Edge, gradient_edge
 from detente.autograd.jacobian import Arrivals, Pass, weighted_shared
 from detente.autograd.layout import Gradients, Layout
@@ -142,7 +143,7 @@ class _Left:
             self._buckets.take(task, leaf, gradient)
             return
         held = self.own[task] if leaf in self._owned[task] else self._begun[task]
-        held[leaf] = held[leaf] + gradient if leaf in held else gradient
+        held[leaf] = sum_of(held[leaf], gradient) if leaf in held else gradient
 
     def close(self, task: int, ending: Sequence[torch.Tensor]) -> None:
         """Note that a task is through the last segment that feeds these."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from detente.autograd.entries import sum_of
 from detente.autograd.layout import Gradients, Layout, finite, probes
 from detente.autograd.losses import Losses, values_of
 from detente.autograd.numbers import check_gradients, to_host
@@ -61,7 +62,7 @@ class Reduction:
             return []
         by_tensor: dict[torch.Tensor, torch.Tensor] = {}
         for tensor, gradient in found:
-            by_tensor[tensor] = by_tensor[tensor] + gradient if tensor in by_tensor else gradient
+            by_tensor[tensor] = sum_of(by_tensor[tensor], gradient) if tensor in by_tensor else gradient
         layout = Layout(wanted)
         like = layout.like
         flat = torch.empty(layout.columns, dtype=like.dtype, device=like.device)

@@ -176,7 +176,10 @@ class Adaptive(Guard):
         assert jacobian is not None and self.tasks is not None
         at = self.positions(gradients.names)
         everyone = gradients.names == self.tasks
-        mean, variance = sized(self, self.mean, self._like(gradients), gradients), self.variance.to(jacobian.device)
+        mean, variance = (
+            sized(self, self.mean, self._like(gradients), gradients),
+            self.variance.to(jacobian.device),
+        )
         samples = self.samples.numpy()[at] + 1
         share = (1 - self.decay) / (1 - self.decay**samples) if self.statistics == "running" else 1 / samples
         host, place = torch.from_numpy(at), torch.from_numpy(at).to(jacobian.device)

@@ -302,25 +302,41 @@ _NOT_FINITE = (
 def _apply(taken: Taken, combination: Combination, heads: str, scale: Scale, message: str) -> None:
     if combination.status == "refused":
         return
-    weights, gradients = combination.weights, taken.gradients
+    weights = combination.weights
     if weights is None and heads == "weighted":
         raise ValueError("heads='weighted' needs one weight for each task, and this method gives none.")
-    jacobian, gramian = gradients.jacobian, gradients.gramian
-    exact = gradients.space == "exact" and jacobian is not None
     plain = weights is not None and combination.direction is None and combination.status == "ok"
-    if exact and plain and scale == "native":
+    if plain and scale == "native" and taken.walked.complete:
         shared = taken.shared_gradients(None, weights)
     else:
         shared = shared_gradients(taken, combination, scale=scale)
-    if exact and weights is not None and gramian is not None and jacobian is not None:
-        # The lengths alone tell in most steps that a weighted sum of finite gradients is finite.
-        bound = float(np.abs(weights.numpy()) @ np.sqrt(gramian.diagonal()))
-        if taken.step.factor is not None or jacobian.dtype.itemsize < 4 or not bound < 1e38:
-            (probed,) = to_host([probes(gradient for _, gradient in shared)])
-            if not finite([gradient for _, gradient in shared], probed).all():
-                raise GradientNotFinite(message)
-    shared += taken.own_gradients(weights if heads == "weighted" else None)
-    accumulate(shared)
+    own = taken.own_gradients(weights if heads == "weighted" else None)
+    looked_at = [] if scale == "native" and _in_range(taken, combination) else list(shared)
+    if heads == "weighted" and weights is not None and bool((weights.abs() > 1).any()):
+        looked_at += own
+    if looked_at:
+        (probed,) = to_host([probes(gradient for _, gradient in looked_at)])
+        if not finite([gradient for _, gradient in looked_at], probed).all():
+            raise GradientNotFinite(message)
+    accumulate(shared + own)
+
+
+def _in_range(taken: Taken, combination: Combination) -> bool:
+    """Return whether it is known, without looking, that the gradients of the shared parameters are finite."""
+    jacobian, gramian = taken.walked.jacobian, taken.gradients.gramian
+    if taken.gradients.space != "exact":
+        return True  # looked at where it is made
+    if jacobian is None or gramian is None or taken.step.factor is not None:
+        return False
+    if jacobian.dtype.itemsize < 4 or any(tensor.dtype.itemsize < 4 for tensor in taken.columns):
+        return False
+    if combination.direction is not None:
+        return True  # looked at where the method gave it
+    weights = combination.weights
+    if combination.block_weights is not None:
+        weights = combination.block_weights.abs().amax(dim=0)
+    assert weights is not None, "a combination has weights or a direction"
+    return float(np.abs(weights.numpy()) @ np.sqrt(gramian.diagonal())) < 1e38
 
 
 def shared_gradients(taken: Taken, combination: Combination, *, scale: Scale = "native") -> Gradients:
