@@ -117,10 +117,15 @@ def test_features_anywhere(plan: Plan, spied: bool) -> None:
             detente.backward(losses, method, features=features)
         assert all(parameter.grad is None for parameter in pool.parameters)
         return
+    if not any(depends):
+        with pytest.raises(ValueError, match="no loss .* depends on features="):
+            detente.backward(losses, method, features=features)
+        assert all(parameter.grad is None for parameter in pool.parameters)
+        return
     behind = [p for p in pool.parameters if any(gradient(f.sum(), p) is not None for f in features)]
     heads = "own" if spied else "weighted"
     want = expected(losses, pool.parameters, weights, heads=heads, shared=behind)
-    inside = [loss for loss, one in zip(apart.values(), depends, strict=True) if one or not any(depends)]
+    inside = [loss for loss, one in zip(apart.values(), depends, strict=True) if one]
     jacobian = torch.stack([row(loss, copies) for loss in inside])
     detente.backward(losses, method, features=features)
     assert_grads(pool.parameters, want)

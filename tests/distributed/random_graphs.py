@@ -61,6 +61,9 @@ def one(number: int, mode: str) -> str:
         [torch.cat([_dense(loss, p).reshape(-1) for p in (*shared, *own)]) for loss in whole.values()]
     )
     rows = rows[:, : sum(p.numel() for p in shared)]
+    if mode != "weighting" and shared:
+        inside = [any(gradient(loss, p) is not None for p in shared) for loss in whole.values()]
+        rows = rows[torch.tensor(inside)]
     try:
         if mode == "accumulate":
             if not shared:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
 
     Raises:
         ValueError: no names, or two alike, or the same tensor twice.
-        TypeError: ``z`` is neither a tensor nor a sequence of tensors.
+        TypeError: ``z`` is neither a tensor nor a sequence of tensors, ``names`` neither names nor a number.
 
     Example:
         >>> import detente
@@ -90,6 +90,8 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
             )
     if len({id(part) for part in given}) < len(given):
         raise ValueError("branch was given the same tensor twice; the heads can read its branch twice.")
+    if isinstance(names, str) or not isinstance(names, (int, Iterable)):
+        raise TypeError(f"names takes the tasks' names or their number, got {names!r}.")
     told = tuple(map(str, range(names) if isinstance(names, int) else names))
     if not told or len(set(told)) < len(told):
         raise ValueError(f"names is {names!r}; give at least one name for the tasks, and no name twice.")

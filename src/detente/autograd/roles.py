@@ -140,6 +140,7 @@ class Memory:
             zero, and those whose gradient could have told.
         moved: tasks whose gradient of what is shared was seen not to be zero, where the graph leaves that open.
         witness: an optimizer of a single number, for gradient scalers.
+        filled: tensors whose ``.grad`` was filled with NaN for a gradient scaler by a refused step.
     """
 
     def __init__(self) -> None:
@@ -153,6 +154,7 @@ class Memory:
         self.evidence: Any = WeakIdKeyDictionary()
         self.moved: set[str] = set()
         self.witness: torch.optim.Optimizer | None = None
+        self.filled: list[weakref.ref[torch.Tensor]] = []
 
     @classmethod
     def of(cls, method: Any) -> Memory:
@@ -259,7 +261,7 @@ def find_roles(
     if discovering and memory.awaited is not None:
         memory.check_awaited(names, losses)
     if named.features is not None:
-        return _on_features(names, losses, named, memory)
+        return _on_features(names, losses, named, memory, part=part)
     seen = walk(losses)
     leaves = seen.leaves
     chosen: Sequence[torch.Tensor]
@@ -423,7 +425,9 @@ def settle(
     return found
 
 
-def _on_features(names: Sequence[str], losses: Sequence[torch.Tensor], named: Named, memory: Memory) -> Roles:
+def _on_features(
+    names: Sequence[str], losses: Sequence[torch.Tensor], named: Named, memory: Memory, *, part: bool
+) -> Roles:
     """Find the encoder behind the features and what the heads reach past it.
 
     Parameters behind the features are shared, and so are parameters that two or more losses reach past them; the
@@ -441,13 +445,17 @@ def _on_features(names: Sequence[str], losses: Sequence[torch.Tensor], named: Na
     edges = [gradient_edge(feature) for feature in features]
     read = edges if named.branches is None else named.branches.edges()
     heads = walk(losses, read)
-    if named.branches is None:
-        _check_no_branch(heads.leaves)
+    _check_no_branch(heads.leaves)
     behind = [
         walk([feature], [other for other in edges if other != edge])
         for feature, edge in zip(features, edges, strict=True)
     ]
     encoder = list(dict.fromkeys(leaf for found in behind for leaf in found.leaves))
+    if any(is_branch(leaf) for leaf in encoder):
+        raise ValueError(
+            "features= was computed from detente.branch(), and gradients end at the branches. Branch a representation "
+            "once, where the heads read it."
+        )
     inside = set(encoder)
     past, left_out = heads.leaves, []
     met = [leaf for leaf, mask in past.items() if mask & (mask - 1)]
@@ -471,6 +479,11 @@ def _on_features(names: Sequence[str], losses: Sequence[torch.Tensor], named: Na
         memory.remember(found)
         chosen = set(memory.shared())
     _check_reads(names, losses, heads, chosen, named)
+    if not part and not heads.stops:
+        raise ValueError(
+            f"no loss (of tasks {', '.join(names)}) depends on features=. Compute the losses from the tensors you "
+            "pass, or leave features= out."
+        )
     candidates = inside | set(past) if named.task_specific is None else set(named.task_specific)
     apart = candidates - chosen - set(left_out)
     misplaced = [leaf for leaf in encoder if leaf in apart]
@@ -559,15 +572,15 @@ def _check_reads(
 
 
 def _check_no_branch(leaves: Iterable[torch.Tensor]) -> None:
-    """Check that no loss ends at a branch, where its gradient would never reach the encoder.
+    """Check that no loss ends at a branch other than those it was passed with: its gradient would end there.
 
     Raises:
         ValueError: one does.
     """
     if any(is_branch(leaf) for leaf in leaves):
         raise ValueError(
-            "the losses were computed from detente.branch(), whose gradients end at the branches. Pass the branches: "
-            "backward(losses, method, features=branches)."
+            "the losses were computed from detente.branch(), whose gradients end at the branches. Pass the branches "
+            "that the heads read: backward(losses, method, features=branches)."
         )
 
 

@@ -161,23 +161,24 @@ def _of_all(
     except Exception as caught:
         error = caught
     device = scalars[0].device if scalars else torch.device("cpu")
-    reach = [float(reaching >> task & 1) for task in range(len(tasks))]
-    table = ranks.numbers([float(error is not None), float(mark), *counts, *reach], device)
+    # The sign of a count tells whether the loss reaches a shared parameter here.
+    told = [count if reaching >> task & 1 else -count for task, count in enumerate(counts)]
+    table = ranks.numbers([float(error is not None), float(mark), float(reaching > 0), *told], device)
     if table[:, 0].any():
         memory.tasks = known_before  # a rank that failed may have told fewer
         ranks.agree(error)
     if (table[:, 1] != table[0, 1]).any():
         raise ValueError(_disagreement(ranks, reduction, request))
     assert roles is not None
-    reached_anywhere = table[:, 2 + len(tasks) :].any(axis=0)
-    reduction = replace(reduction, anywhere=bool(reached_anywhere.any()))
-    sums = table[:, 2 : 2 + len(tasks)].sum(axis=0)
+    reached_anywhere, everyones = (table[:, 3:] > 0).any(axis=0), np.abs(table[:, 3:])
+    reduction = replace(reduction, anywhere=bool(table[:, 2].any()))
+    sums = everyones.sum(axis=0)
     present = [place for place, total in enumerate(sums) if total > 0]
     if not present:
         raise ValueError("losses is empty on every rank; give at least one loss.")
     if named.shared is not None and not reduction.anywhere:
         check_reached(reduction.shared)
-    shares = table[ranks.rank, 2 : 2 + len(tasks)] / np.where(sums > 0, sums, 1.0)
+    shares = everyones[ranks.rank] / np.where(sums > 0, sums, 1.0)
     with torch.enable_grad():  # a share of a loss keeps its graph, whatever surrounds the step
         parted = [s * float(shares[k]) if counts[k] else s for k, s in enumerate(scalars)]
     parted = [parted[place] for place in present]

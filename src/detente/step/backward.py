@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -119,8 +120,8 @@ def backward(
             ``scaler.step(optimizer)`` expects. A gradient that is not finite is then no error: every ``.grad`` is
             filled with NaN, the method's state stays, and the scaler skips the step and lowers its factor. After a
             refused step leave out ``scaler.unscale_`` and ``scaler.step`` and call ``scaler.update()`` as always; a
-            loop that calls them all the same skips the step too, for a ``.grad`` that was None is filled with NaN, but
-            lowers the factor.
+            loop that calls them all the same skips the step too, for a ``.grad`` that was None is filled with NaN
+            (the method's next step takes it back), but lowers the factor.
         process_group: the processes among which the batch is split: None is torch.distributed's default group where
             it is initialized, False this process alone. Every rank then ends with the ``.grad`` and the record of the
             whole batch; call it on every rank, with losses that are means over the rank's own examples.
@@ -178,6 +179,8 @@ def backward(
     )
     with full_precision():
         step = prepare(losses, request, Memory.of(method), method.tasks)
+        if step.memory.filled:
+            _withdraw(step.memory)
         try:
             record = _take_step(step, how)
         except GradientNotFinite as error:
@@ -536,9 +539,23 @@ def _tell_scaler(step: Step) -> None:
         memory.witness = torch.optim.SGD([torch.nn.Parameter(torch.zeros((), device=device))], lr=0.0)
     (number,) = memory.witness.param_groups[0]["params"]
     number.grad = torch.zeros_like(number)
-    step.request.scaler.unscale_(memory.witness)
+    try:
+        step.request.scaler.unscale_(memory.witness)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise  # else a step before this one was refused too, and update() has not come yet
     without = [tensor for tensor in _reached(step) if tensor.grad is None]
     accumulate([(tensor, torch.full_like(tensor, float("nan"))) for tensor in without])
+    memory.filled = [weakref.ref(tensor) for tensor in without]
+
+
+def _withdraw(memory: Memory) -> None:
+    """Take back the NaN that a refused step before this one left for the scaler, where it still stands."""
+    for reference in memory.filled:
+        tensor = reference()
+        if tensor is not None and tensor.grad is not None and bool(tensor.grad.isnan().all()):
+            tensor.grad = None
+    memory.filled = []
 
 
 def _check_call(method: Any, heads: Any, scale: Any, memory: Any) -> None:
