@@ -118,7 +118,7 @@ def test_features_anywhere(plan: Plan, spied: bool) -> None:
         assert all(parameter.grad is None for parameter in pool.parameters)
         return
     if not any(depends):
-        with pytest.raises(ValueError, match="no loss .* depends on features="):
+        with pytest.raises(ValueError, match=r"no loss .* depends on features="):
             detente.backward(losses, method, features=features)
         assert all(parameter.grad is None for parameter in pool.parameters)
         return
