@@ -8,7 +8,9 @@ import torch
 from detente.autograd.entries import dense, flat, real, unreal
 
 CONJUGATED = torch.tensor([1 + 2j, 3 - 4j]).conj()
-SPARSE = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), torch.tensor([1.0, 5.0, 2.0]), (4,))
+SPARSE = torch.sparse_coo_tensor(
+    torch.tensor([[2, 0, 2]]), torch.tensor([1.0, 5.0, 2.0]), (4,), check_invariants=True
+)
 
 
 def test_a_plain_tensor_is_not_copied() -> None:
