@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import detente
 from benchmarks._timing import interleaved, ratios
 from detente.data import load_multimnist
-from detente.linesearch import Backtracking, FastBacktracking
+from detente.linesearch import Backtracking, FastBacktracking, SearchOptions
 from detente.models import LeNet
 
 FAST_LIMIT = 1.15
@@ -66,7 +66,13 @@ class _Steps:
 
     def search(self, kind: Any, length: float, **options: Any) -> Any:
         """A search from this length."""
-        return kind(detente.create("mgda"), self.model.shared_parameters(), self.own, length, **options)
+        return kind(
+            detente.create("mgda"),
+            self.model.shared_parameters(),
+            self.own,
+            length,
+            options=SearchOptions(**options),
+        )
 
 
 def rows(quick: bool = False) -> Iterator[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from parity import TASKS, Network, batch_of, parts_of, start
 from torch.nn.parallel import DistributedDataParallel
 
 import detente
-from detente.linesearch import Backtracking, FastBacktracking, SearchRecord
+from detente.linesearch import Backtracking, FastBacktracking, SearchOptions, SearchRecord
 
 KINDS = {"classical": Backtracking, "fast": FastBacktracking}
 STEPS = 4
@@ -61,6 +62,14 @@ def plain(found: SearchRecord) -> dict[str, Any]:
     return told
 
 
+def searched(make: Any, method: Any, network: Network, options: dict[str, Any]) -> Any:
+    """A search with options by name, whether they are the constructor's or fields of SearchOptions."""
+    names = {field.name for field in fields(SearchOptions)}
+    further = SearchOptions(**{name: value for name, value in options.items() if name in names})
+    plain = {name: value for name, value in options.items() if name not in names}
+    return make(method, network.trunk, network.heads, options=further, **plain)
+
+
 def compare(kind: str, method: str, options: dict[str, Any], absent: bool, wrapped: bool) -> list[str]:
     """Some steps on this rank's part beside the same steps on the whole batch; what differs, in words."""
     problems, ends, records = [], [], []
@@ -68,7 +77,7 @@ def compare(kind: str, method: str, options: dict[str, Any], absent: bool, wrapp
         inner = Network()
         network = DistributedDataParallel(inner) if wrapped and not alone else inner
         make = KINDS[kind]
-        search = make(detente.create(method, tasks=TASKS), inner.trunk, inner.heads, **options)
+        search = searched(make, detente.create(method, tasks=TASKS), inner, options)
         found = []
         for step in range(STEPS):
             x, targets = batch_of(step, 0, 12)
@@ -102,14 +111,18 @@ def counted(kind: str) -> list[tuple[int, int, int]]:
     """Collectives and bytes of some steps, each with its number of trials."""
     network = Network()
     search = KINDS[kind](
-        detente.create("mgda", tasks=TASKS), network.trunk, network.heads, 8.0, check_steps=0
+        detente.create("mgda", tasks=TASKS),
+        network.trunk,
+        network.heads,
+        8.0,
+        options=SearchOptions(check_steps=0),
     )
     found, before = [], (0, 0)
     for step in range(3):
         x, targets = batch_of(step, 0, 12)
         closure, examples = partly(network, network, x, targets, {})
         trials = search.step(closure, samples=examples).trials
-        ranks = search._memory.ranks
+        ranks = search._engine.memory.ranks
         assert ranks is not None
         found.append((trials, ranks.calls - before[0], ranks.bytes - before[1]))
         before = (ranks.calls, ranks.bytes)
@@ -122,7 +135,11 @@ def fails(kind: str, where: str) -> str:
     options: dict[str, Any] = {"check_true": True} if kind == "fast" else {}
     method = detente.create("gradnorm", tasks=TASKS)
     search = KINDS[kind](
-        method, network.trunk, network.heads, 0.5, on_no_descent="small-step", small_step=1e-3, **options
+        method,
+        network.trunk,
+        network.heads,
+        0.5,
+        options=SearchOptions(on_no_descent="small-step", small_step=1e-3, **options),
     )
     x, targets = batch_of(0, 0, 12)
     closure, _ = partly(network, network, x, targets, {})
@@ -143,7 +160,7 @@ def fails(kind: str, where: str) -> str:
             losses["b"] = losses["b"] * float("nan")
         return z, losses
 
-    search.check_steps = 2 if where == "other losses" else 0
+    search.options = replace(search.options, check_steps=2 if where == "other losses" else 0)
     if rank == 1 and where == "lr_ub":
         search.lr_ub = 0.25
     if where == "nan":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 from torch import nn
 
 import detente
-from detente.linesearch import Backtracking, ClosureChanged, FastBacktracking
+from detente.linesearch import Backtracking, ClosureChanged, FastBacktracking, SearchOptions
 
 KINDS = [Backtracking, FastBacktracking]
+FIELDS = {field.name for field in fields(SearchOptions)}
 INF, NAN = float("inf"), float("nan")
 
 
@@ -36,22 +39,52 @@ INF, NAN = float("inf"), float("nan")
         ({"patience": 0}, "option patience is 0"),
         ({"check_steps": -1}, "option check_steps is -1"),
         ({"rounding": -1.0}, "option rounding is -1.0; give a finite number >= 0"),
+        *[({"check_true": value}, "option check_true is") for value in (-1, 1.5, 0)],
         ({"precondition": "sgd"}, "option precondition is 'sgd'"),
         ({"shared": []}, "shared= is empty"),
     ],
 )
 def test_options(kind: Any, options: dict[str, Any], message: str, net: Any) -> None:
-    given = {"shared": net.encoder, "task_specific": net.heads, "lr_ub": 0.1} | options
+    given = {"shared": net.encoder, "task_specific": net.heads, "lr_ub": 0.1}
+    plain = {name: value for name, value in options.items() if name not in FIELDS}
+    further = {name: value for name, value in options.items() if name in FIELDS}
     with pytest.raises(ValueError, match=message):
-        kind(detente.create("mgda"), **given)
+        kind(detente.create("mgda"), **given | plain, options=SearchOptions(**further))
 
 
-def test_the_fast_search_says_why_it_has_no_preconditioner(net: Any) -> None:
-    with pytest.raises(ValueError, match=r"other examples in every step.*Use Backtracking"):
-        FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1, precondition="adam")  # type: ignore[arg-type]
-    for bad in (-1, 1.5, 0):
-        with pytest.raises(ValueError, match="option check_true is"):
-            FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1, check_true=bad)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (FastBacktracking, {"precondition": "adam"}, "no option precondition, here 'adam'.*Use Backtracking"),
+        (Backtracking, {"check_true": 3}, "no option check_true, here 3.*on the network itself"),
+    ],
+)
+def test_options_that_a_search_lacks(kind: Any, options: dict[str, Any], message: str, net: Any) -> None:
+    with pytest.raises(ValueError, match=f"{kind.__name__} has {message}"):
+        kind(detente.create("mgda"), net.encoder, net.heads, 0.1, options=SearchOptions(**options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", sorted(FIELDS))
+def test_former_keywords_name_their_new_place(kind: Any, option: str, net: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{kind.__name__} .*: options=SearchOptions\({option}=None\)"):
+        kind(detente.create("mgda"), net.encoder, net.heads, 0.1, **{option: None})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_keywords_and_options_of_another_kind(kind: Any, net: Any) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lenght'"):
+        kind(detente.create("mgda"), net.encoder, net.heads, 0.1, lenght=3)
+    with pytest.raises(TypeError, match="options= takes SearchOptions, got dict"):
+        kind(detente.create("mgda"), net.encoder, net.heads, 0.1, options={"patience": 3})
+
+
+def test_constructors_show_the_pinned_signature() -> None:
+    names = ["method", "shared", "task_specific", "lr_ub", "gamma", "c", "max_trials", "options"]
+    for kind in KINDS:
+        parameters = inspect.signature(kind).parameters
+        assert list(parameters) == names
+        assert [parameters[name].default for name in names[4:]] == [2.0, 1e-4, 20, SearchOptions()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +96,13 @@ def test_methods_and_roles(kind: Any, net: Any) -> None:
     with pytest.raises(TypeError, match="task_specific= takes parameters or modules, got NoneType"):
         kind(detente.create("mgda"), net.encoder, None, 0.1)
     with pytest.raises(TypeError, match="modules= takes modules, got Tensor"):
-        kind(detente.create("mgda"), net.encoder, net.heads, 0.1, modules=[torch.ones(1)])
+        kind(
+            detente.create("mgda"),
+            net.encoder,
+            net.heads,
+            0.1,
+            options=SearchOptions(modules=[torch.ones(1)]),
+        )
     with pytest.raises(
         ValueError, match=r"2 parameters \(the first has shape \(16, 6\)\) are named in shared= and"
     ):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import detente
-from detente.linesearch import Backtracking, FastBacktracking, NoDescent, SearchRecord
+from detente.linesearch import Backtracking, FastBacktracking, NoDescent, SearchOptions, SearchRecord
 
 F64 = torch.float64
 
@@ -79,7 +79,12 @@ def test_fast_search_moves_the_representation_and_carries_it_back(inside: bool) 
         return z, [factor * z.square().sum() / 2 for factor in s]
 
     search = FastBacktracking(
-        detente.create("uniform"), encoder, [], lr_ub, c=c, check_steps=0, check_true=True
+        detente.create("uniform"),
+        encoder,
+        [],
+        lr_ub,
+        c=c,
+        options=SearchOptions(check_steps=0, check_true=True),
     )
     found = search.step(closure)
     eta = lr_ub / (2 if inside else 4)
@@ -104,7 +109,7 @@ def test_true_condition_is_looked_at_every_so_many_steps() -> None:
         z = encoder(x) if features is None else features
         return z, [z.square().sum(), (z - 1).square().sum()]
 
-    search = FastBacktracking(detente.create("mgda"), encoder, [], 0.01, check_true=3)
+    search = FastBacktracking(detente.create("mgda"), encoder, [], 0.01, options=SearchOptions(check_true=3))
     seen = [search.step(closure).true_condition for _ in range(7)]
     assert seen == [None, None, True, None, None, True, None]
     assert search.true_condition_rate == 0.0
@@ -130,7 +135,9 @@ def test_a_direction_up_the_hill_is_named_before_any_trial() -> None:
         calls.append(features)
         return closure(features)
 
-    search = Backtracking(detente.create("uniform"), [theta], heads, 0.5, check_steps=0)
+    search = Backtracking(
+        detente.create("uniform"), [theta], heads, 0.5, options=SearchOptions(check_steps=0)
+    )
     with pytest.raises(NoDescent, match=r"uniform is no descent for task 'one' \(-2\).*small_step="):
         search.step(counted)
     assert len(calls) == 1
@@ -150,7 +157,11 @@ def test_the_whole_slope_counts_not_only_the_shared_one() -> None:
 def test_small_step_is_taken_without_a_search() -> None:
     theta, heads = number(1.0), [number(0.0), number(0.0)]
     search = Backtracking(
-        detente.create("uniform"), [theta], heads, 0.5, on_no_descent="small-step", small_step=0.125
+        detente.create("uniform"),
+        [theta],
+        heads,
+        0.5,
+        options=SearchOptions(on_no_descent="small-step", small_step=0.125),
     )
     found = search.step(opposed(theta, heads))
     assert (found.status, found.eta, found.trials, found.accepted) == ("small-step", 0.125, 1, True)
@@ -181,7 +192,9 @@ def test_stationary_moves_the_heads_only_and_nothing_where_there_are_none() -> N
     assert (found.status, found.record.status) == ("accepted", "stationary")
     assert (value(theta), list(map(value, heads))) == (0.0, [0.5, 1.0])
     assert found.shared_slopes == (0.0, 0.0)
-    bare = Backtracking(detente.create("mgda"), [theta], [], 0.25, check_steps=0).step(closure)
+    bare = Backtracking(detente.create("mgda"), [theta], [], 0.25, options=SearchOptions(check_steps=0)).step(
+        closure
+    )
     assert (bare.status, bare.trials, bare.eta, bare.accepted) == ("stationary", 0, 0.0, False)
     assert bare.losses_after is None
 
@@ -192,7 +205,9 @@ def test_rounding_does_not_stop_a_search_in_float32() -> None:
     search = Backtracking(detente.create("uniform"), [theta], [], 0.1, max_trials=3)
     found = search.step(lambda features=None: (None, [1000 + theta**2]))
     assert (found.status, found.trials) == ("accepted", 1)
-    exact = Backtracking(detente.create("uniform"), [theta], [], 0.1, max_trials=3, rounding=0)
+    exact = Backtracking(
+        detente.create("uniform"), [theta], [], 0.1, max_trials=3, options=SearchOptions(rounding=0)
+    )
     assert exact.step(lambda features=None: (None, [1000 + theta**2])).status == "capped"
 
 
@@ -215,8 +230,7 @@ def test_no_grad_is_touched_and_methods_without_weights_work(net: Any, batch: An
             net.encoder,
             net.heads,
             0.01,
-            on_no_descent="small-step",
-            small_step=1e-6,
+            options=SearchOptions(on_no_descent="small-step", small_step=1e-6),
         )
         before = net.encoder[0].weight.detach().clone()
         assert search.step(net.closure(x)).accepted, name
@@ -230,13 +244,17 @@ def test_no_grad_is_touched_and_methods_without_weights_work(net: Any, batch: An
         (kind, name)
         for kind in (Backtracking, FastBacktracking)
         for name in ("graddrop", "mgda", "aligned-mtl", "moco", "pcgrad", "dwa")
-        if kind.space in detente.methods()[name].spaces
+        if kind.declares.direction.space in detente.methods()[name].spaces
     ],
 )
 def test_slopes_are_derivatives_along_the_step(name: str, kind: Any, net: Any, batch: Any) -> None:
     """(L(θ) - L(θ̃)) / η for a tiny η, for directions with weights and without."""
     search = kind(
-        detente.create(name), net.encoder, net.heads, 1e-6, on_no_descent="small-step", small_step=1e-6
+        detente.create(name),
+        net.encoder,
+        net.heads,
+        1e-6,
+        options=SearchOptions(on_no_descent="small-step", small_step=1e-6),
     )
     found: SearchRecord = search.step(net.closure(batch(1)))
     assert found.slopes is not None and found.losses_after is not None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import detente
-from detente.linesearch import Backtracking, FastBacktracking, NoDescent, SearchFailed
+from detente.linesearch import Backtracking, FastBacktracking, NoDescent, SearchFailed, SearchOptions
 from detente.methods import Method
 from detente.values import Combination
 
@@ -52,7 +52,9 @@ def test_a_slope_that_is_zero_by_construction_is_no_coin_toss(by_weights: bool) 
         for units in (-2, 0, 2):
             method.extra = units * 2.0**-52
             with pytest.raises(NoDescent, match=r"task 'a' \(zero up to rounding\) \(in") as raised:
-                Backtracking(method, [theta], [], 0.01, max_trials=60, check_steps=0).step(closure)
+                Backtracking(
+                    method, [theta], [], 0.01, max_trials=60, options=SearchOptions(check_steps=0)
+                ).step(closure)
             assert raised.value.tasks == ("a",)
         method.extra = 1e-9  # far below everything, and no rounding
         assert Backtracking(method, [theta], [], 0.01, max_trials=60).step(closure).status == "accepted"
@@ -69,7 +71,7 @@ def test_a_head_of_two_tasks_that_moves_against_one(kind: Any) -> None:
         z = encoder * 1.0 if features is None else features
         return z, {"a": (0.1 * z + head).sum(), "b": (0.1 * z - 3 * head).sum()}
 
-    search = kind(detente.create("uniform"), [encoder], [head], 0.1, check_steps=0)
+    search = kind(detente.create("uniform"), [encoder], [head], 0.1, options=SearchOptions(check_steps=0))
     with pytest.raises(
         NoDescent, match=r"task 'a' \(-1.98\).*several tasks use.*name them in shared="
     ) as raised:
@@ -83,7 +85,9 @@ def test_a_head_of_two_tasks_that_moves_against_one(kind: Any) -> None:
 def test_moments_that_turn_a_descent_are_named() -> None:
     """Adam's mean still points where the first step went; the second batch has the opposite slope."""
     theta, sign = nn.Parameter(torch.zeros(1, dtype=F64)), [1.0]
-    search = Backtracking(detente.create("mgda"), [theta], [], 0.1, precondition="adam")
+    search = Backtracking(
+        detente.create("mgda"), [theta], [], 0.1, options=SearchOptions(precondition="adam")
+    )
 
     def closure(features: Any = None) -> Any:
         return None, {"a": sign[0] * theta.sum(), "b": 2 * sign[0] * theta.sum()}
@@ -97,7 +101,11 @@ def test_moments_that_turn_a_descent_are_named() -> None:
 def test_small_step_into_nan_says_so() -> None:
     theta = nn.Parameter(torch.tensor(1.0))
     search = Backtracking(
-        detente.create("uniform"), [theta], [], 1.0, on_no_descent="small-step", small_step=1.0
+        detente.create("uniform"),
+        [theta],
+        [],
+        1.0,
+        options=SearchOptions(on_no_descent="small-step", small_step=1.0),
     )
     with pytest.raises(
         SearchFailed, match=r"task '1' is not finite .* small step of 1.*Lower small_step"
@@ -131,7 +139,15 @@ def test_a_length_that_moves_nothing_is_no_step(
     assert 1 < found.trials <= 12 and trials in (None, found.trials)
     assert found.notes[0].endswith("moves nothing: it is lost in rounding")
     assert theta.item() == 3.0
-    strict = kind(detente.create("mgda"), [theta], [], 0.1, gamma, max_trials=most, on_cap="error")
+    strict = kind(
+        detente.create("mgda"),
+        [theta],
+        [],
+        0.1,
+        gamma,
+        max_trials=most,
+        options=SearchOptions(on_cap="error"),
+    )
     with pytest.raises(SearchFailed, match="no parameter moves any more at the last trial"):
         strict.step(closure)
 
@@ -139,7 +155,9 @@ def test_a_length_that_moves_nothing_is_no_step(
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_the_first_length_moves_nothing_the_point_is_stationary(kind: Any) -> None:
     theta, closure = jumping(kind)
-    search = kind(detente.create("mgda"), [theta], [], 1e-30, lower_ub="cap", patience=1)
+    search = kind(
+        detente.create("mgda"), [theta], [], 1e-30, options=SearchOptions(lower_ub="cap", patience=1)
+    )
     found = search.step(closure)
     assert (found.status, found.trials, found.accepted, search.capped) == ("stationary", 1, False, 0)
     assert search.lowered == 0
@@ -147,7 +165,9 @@ def test_where_the_first_length_moves_nothing_the_point_is_stationary(kind: Any)
 
 def test_the_look_at_the_network_uses_the_masks_of_the_search(net: Any, batch: Any) -> None:
     """After a step of no length to speak of the network has the losses it had, if dropout drops the same."""
-    search = FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 1e-9, check_true=True)
+    search = FastBacktracking(
+        detente.create("mgda"), net.encoder, net.heads, 1e-9, options=SearchOptions(check_true=True)
+    )
     found = search.step(net.closure(batch(0)))
     assert found.true_losses == pytest.approx(found.losses_before, rel=1e-6)
 
@@ -165,9 +185,7 @@ def test_a_constant_small_step_is_not_looked_at() -> None:
         encoder,
         [],
         0.1,
-        check_true=True,
-        on_no_descent="small-step",
-        small_step=1e-3,
+        options=SearchOptions(check_true=True, on_no_descent="small-step", small_step=1e-3),
     )
     found = search.step(closure)
     assert (found.status, found.true_losses, found.true_condition) == ("small-step", None, None)

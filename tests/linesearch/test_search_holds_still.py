@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import detente
-from detente.linesearch import Backtracking, ClosureChanged, FastBacktracking, SearchFailed
-from detente.linesearch.freeze import random_state, same_random_state
+from detente.linesearch import Backtracking, ClosureChanged, FastBacktracking, SearchFailed, SearchOptions
+from detente.linesearch.passes import random_state, same_random_state
 from detente.methods import Method
 from detente.values import Combination
 
@@ -116,7 +116,9 @@ def test_modules_named_or_found(named: bool) -> None:
         return z, [normed[:, 0].square().mean() + z.square().mean(), (normed - 1).square().mean()]
 
     modules = norm if named else None
-    found = Backtracking(detente.create("mgda"), encoder.parameters(), [], 5.0, modules=modules).step(closure)
+    found = Backtracking(
+        detente.create("mgda"), encoder.parameters(), [], 5.0, options=SearchOptions(modules=modules)
+    ).step(closure)
     passes = int(norm.num_batches_tracked)
     assert passes == (1 if named else found.trunk_forwards)
     assert found.trunk_forwards > 2
@@ -239,7 +241,7 @@ def test_the_cap_skips_or_raises(kind: Any, net: Any, batch: Any) -> None:
             assert before[name].equal(after[name]), name
     assert int(net.encoder[1].num_batches_tracked) == 1  # as with any step that was not taken
     assert not after["random"].equal(before["random"])  # or the next step would draw the same masks
-    strict = kind(method, net.encoder, net.heads, 1e-6, max_trials=4, on_cap="error")
+    strict = kind(method, net.encoder, net.heads, 1e-6, max_trials=4, options=SearchOptions(on_cap="error"))
     before = snapshot(net, method)
     with pytest.raises(SearchFailed, match=r"task 'b' does not fall enough.*on_cap='skip'"):
         strict.step(spoiled(net, batch(0), 0, 1.01))
@@ -276,7 +278,9 @@ def test_an_exception_after_the_fast_step_takes_the_encoder_back(net: Any, batch
             raise RuntimeError("in the look at the network itself")
         return inner(features)
 
-    search = FastBacktracking(Stateful(), net.encoder, net.heads, 1e-3, check_true=True)
+    search = FastBacktracking(
+        Stateful(), net.encoder, net.heads, 1e-3, options=SearchOptions(check_true=True)
+    )
     before = snapshot(net, search.method)
     with pytest.raises(RuntimeError, match="itself"):
         search.step(closure)
@@ -330,7 +334,11 @@ def test_other_random_numbers_are_found_out(net: Any, batch: Any) -> None:
 def test_small_step_into_nan_is_not_taken() -> None:
     theta = nn.Parameter(torch.tensor(1.0))
     search = Backtracking(
-        detente.create("uniform"), [theta], [], 1.0, on_no_descent="small-step", small_step=1.0
+        detente.create("uniform"),
+        [theta],
+        [],
+        1.0,
+        options=SearchOptions(on_no_descent="small-step", small_step=1.0),
     )
     # Slopes -2 · 1 and 3 · 1 for d = -2 + 3; the small step leads to θ = 0, where the logarithm is infinite.
     with pytest.raises(SearchFailed, match="not finite"):
@@ -354,7 +362,9 @@ def test_a_compiled_trunk_is_named(kind: Any, net: Any, batch: Any) -> None:
 
     # The classical search walks one compiled graph once per task.
     with torch._functorch.config.patch("donated_buffer", False):
-        found = kind(detente.create("mgda"), net.encoder, net.heads, 1.0, modules=net).step(closure)
+        found = kind(
+            detente.create("mgda"), net.encoder, net.heads, 1.0, options=SearchOptions(modules=net)
+        ).step(closure)
     assert (found.eta, found.trials) == (expected.eta, expected.trials)
     for (name, mine), other in zip(net.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, other, msg=name)

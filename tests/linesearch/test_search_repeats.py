@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import detente
-from detente.linesearch import Backtracking, FastBacktracking
+from detente.linesearch import Backtracking, FastBacktracking, SearchOptions
 
 KINDS = [Backtracking, FastBacktracking]
 F64 = torch.float64
@@ -96,7 +96,11 @@ def test_a_buffer_that_the_graph_reads_is_that_of_its_forward(kind: Any, replace
     encoder, heads, closure = made()
     before = encoder[0].weight.detach().clone()
     search = kind(
-        detente.create("uniform"), encoder, heads, 1e-3, on_no_descent="small-step", small_step=1e-3
+        detente.create("uniform"),
+        encoder,
+        heads,
+        1e-3,
+        options=SearchOptions(on_no_descent="small-step", small_step=1e-3),
     )
     eta = search.step(closure).eta
     twin, _, plain = made()

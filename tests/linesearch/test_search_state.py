@@ -14,7 +14,7 @@ from torch import nn
 
 import detente
 import detente.autograd.host
-from detente.linesearch import Backtracking, FastBacktracking, SearchRecord
+from detente.linesearch import Backtracking, FastBacktracking, SearchOptions, SearchRecord
 from detente.methods import Method
 from detente.values import Combination
 
@@ -47,7 +47,14 @@ def test_resuming_is_not_stopping(
     options = {"on_no_descent": "small-step", "small_step": 1e-3} | options
 
     def made(model: Any) -> Any:
-        return kind(detente.create(method), model.encoder, model.heads, 2.0, max_trials=8, **options)
+        return kind(
+            detente.create(method),
+            model.encoder,
+            model.heads,
+            2.0,
+            max_trials=8,
+            options=SearchOptions(**options),
+        )
 
     def run(search: Any, model: Any, steps: range) -> list[dict[str, Any]]:
         found: list[SearchRecord] = [search.step(model.closure(batch(step))) for step in steps]
@@ -82,7 +89,7 @@ def test_resuming_is_not_stopping(
 
 def test_a_state_that_does_not_fit_changes_nothing(net: Any, batch: Any) -> None:
     def made(kind: Any = Backtracking, **options: Any) -> Any:
-        return kind(detente.create("mgda"), net.encoder, net.heads, 0.1, **options)
+        return kind(detente.create("mgda"), net.encoder, net.heads, 0.1, options=SearchOptions(**options))
 
     adam, plain, fast = made(precondition="adam"), made(), made(FastBacktracking)
     adam.step(net.closure(batch(0)))
@@ -110,7 +117,9 @@ def test_a_state_that_does_not_fit_changes_nothing(net: Any, batch: Any) -> None
     for moments in (3, {}, {"kind": "adam"}, {"kind": "adam", "states": {0: {}}}):
         with pytest.raises(ValueError, match=r"saved (moments|search has precondition)"):
             adam.load_state_dict(adam.state_dict() | {"moments": moments})
-    smaller = Backtracking(detente.create("mgda"), net.encoder[0].weight, [], 0.1, precondition="adam")
+    smaller = Backtracking(
+        detente.create("mgda"), net.encoder[0].weight, [], 0.1, options=SearchOptions(precondition="adam")
+    )
     with pytest.raises(ValueError, match="moments of parameter"):
         smaller.load_state_dict(adam.state_dict())
 
@@ -120,7 +129,9 @@ def test_a_state_that_does_not_fit_changes_nothing(net: Any, batch: Any) -> None
 def test_another_methods_state_changes_nothing(saved: Any, sized: bool, net: Any, batch: Any) -> None:
     def made(name: str, lr_ub: float) -> Any:
         options: dict[str, Any] = {"on_no_descent": "small-step", "small_step": 1e-3}
-        return Backtracking(detente.create(name), net.encoder, net.heads, lr_ub, **options)
+        return Backtracking(
+            detente.create(name), net.encoder, net.heads, lr_ub, options=SearchOptions(**options)
+        )
 
     search, other = made("dwa", 0.7), made("moco", 0.1)
     other.step(net.closure(batch(0)))
@@ -158,10 +169,7 @@ def test_preconditioned_steps_are_torchs_own(kind: Any, peer: Any, batch: Any) -
         net[0],
         net[1:],
         rate,
-        precondition=kind,
-        on_no_descent="small-step",
-        small_step=rate,
-        rounding=1e16,  # accept whatever is finite: the length is not what is compared
+        options=SearchOptions(precondition=kind, on_no_descent="small-step", small_step=rate, rounding=1e16),
     )
     optimizer = peer(twin.parameters(), lr=rate)
     for step in range(50):
@@ -180,9 +188,7 @@ def test_preconditioned_slopes_are_derivatives_along_the_step(net: Any, batch: A
         net.encoder,
         net.heads,
         1e-8,
-        precondition="rmsprop",
-        on_no_descent="small-step",
-        small_step=1e-8,
+        options=SearchOptions(precondition="rmsprop", on_no_descent="small-step", small_step=1e-8),
     )
     found = search.step(net.closure(batch(0)))
     assert found.losses_after is not None and found.slopes is not None
@@ -198,7 +204,7 @@ def test_a_skipped_step_leaves_the_moments(outcome: str) -> None:
         [theta],
         [],
         1.0,
-        precondition="adagrad",
+        options=SearchOptions(precondition="adagrad"),
         max_trials=1 if outcome == "capped" else 20,
     )
     # θ² from 2 along sign(θ): a step of 1 goes to 1, which asks for c <= 3/4; with c = 0.9 it is refused.
@@ -217,7 +223,9 @@ def parabola(curvature: float) -> tuple[nn.Parameter, Any]:
 def test_the_first_length_lowers_itself_after_divided_searches() -> None:
     """The bound on a parabola of curvature 1 is just below 2: 8 needs three divisions, and in the end none."""
     theta, closure = parabola(1.0)
-    search = Backtracking(detente.create("uniform"), [theta], [], 8.0, lower_ub="divided", patience=2)
+    search = Backtracking(
+        detente.create("uniform"), [theta], [], 8.0, options=SearchOptions(lower_ub="divided", patience=2)
+    )
     found = []
     for _ in range(8):
         with torch.no_grad():
@@ -233,7 +241,9 @@ def test_the_first_length_lowers_itself_after_divided_searches() -> None:
 def test_a_schedule_and_the_lowering_multiply() -> None:
     """Below 2 nothing is divided: from 8 after three divisions, and the schedule halves what is left."""
     theta, closure = parabola(1.0)
-    search = Backtracking(detente.create("uniform"), [theta], [], 8.0, lower_ub="divided", patience=1)
+    search = Backtracking(
+        detente.create("uniform"), [theta], [], 8.0, options=SearchOptions(lower_ub="divided", patience=1)
+    )
 
     def epoch(number: int) -> list[float]:
         search.lr_ub = 8.0 * 0.5**number
@@ -258,8 +268,8 @@ def test_a_length_that_cannot_be_lowered_stays() -> None:
     ) -> Any:  # first pass, trial (worse), and the look at whether the batch changed
         return None, [theta**2 / 2 * (1.5 if next(passes) % 3 == 1 else 1.0)]
 
-    options: dict[str, Any] = {"lower_ub": "cap", "patience": 1, "max_trials": 1, "check_steps": 0}
-    search = Backtracking(detente.create("uniform"), [theta], [], 1e-323, **options)
+    options = SearchOptions(lower_ub="cap", patience=1, check_steps=0)
+    search = Backtracking(detente.create("uniform"), [theta], [], 1e-323, max_trials=1, options=options)
     found = [search.step(closure) for _ in range(3)]
     assert [record.status for record in found] == ["capped"] * 3
     assert (search.steps, search.capped, search.lowered, search.first_length) == (3, 3, 1, 5e-324)
@@ -279,10 +289,7 @@ def test_a_row_is_neither_broken_nor_lengthened_by_steps_that_were_not_searched(
         [theta],
         [],
         4.0,
-        lower_ub="divided",
-        patience=2,
-        on_no_descent="small-step",
-        small_step=1e-3,
+        options=SearchOptions(lower_ub="divided", patience=2, on_no_descent="small-step", small_step=1e-3),
     )
     rows = []
     for kind in ("ok", between, "ok"):
@@ -311,7 +318,12 @@ class Fickle(Method):
 def test_the_first_length_lowers_itself_after_capped_searches() -> None:
     theta, closure = parabola(1.0)
     search = Backtracking(
-        detente.create("uniform"), [theta], [], 16.0, lower_ub="cap", patience=1, max_trials=2, check_steps=0
+        detente.create("uniform"),
+        [theta],
+        [],
+        16.0,
+        options=SearchOptions(lower_ub="cap", patience=1, check_steps=0),
+        max_trials=2,
     )
     statuses = []
     for _ in range(4):
@@ -325,7 +337,9 @@ def test_the_first_length_lowers_itself_after_capped_searches() -> None:
 
 def test_a_row_is_broken_by_a_search_that_needed_nothing() -> None:
     theta, closure = parabola(1.0)
-    search = Backtracking(detente.create("uniform"), [theta], [], 3.0, lower_ub="divided", patience=2)
+    search = Backtracking(
+        detente.create("uniform"), [theta], [], 3.0, options=SearchOptions(lower_ub="divided", patience=2)
+    )
     for lr_ub in (3.0, 1.0, 3.0, 1.0, 3.0):
         search.lr_ub = lr_ub
         with torch.no_grad():
@@ -337,7 +351,9 @@ def test_a_row_is_broken_by_a_search_that_needed_nothing() -> None:
 def test_record_is_plain(net: Any, batch: Any) -> None:
     import json
 
-    search = FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1, check_true=True)
+    search = FastBacktracking(
+        detente.create("mgda"), net.encoder, net.heads, 0.1, options=SearchOptions(check_true=True)
+    )
     found = search.step(net.closure(batch(0)))
     stored = json.loads(json.dumps(found.to_dict()))
     assert stored["names"] == ["a", "b"]
@@ -367,9 +383,7 @@ def test_one_copy_to_the_host_for_every_pass(
         net.encoder,
         net.heads,
         1.0,
-        check_steps=0,
-        on_no_descent="small-step",
-        small_step=1e-3,
+        options=SearchOptions(check_steps=0, on_no_descent="small-step", small_step=1e-3),
     )
     calls: Counter[str] = Counter()
     for slow in ("cpu", "item", "__float__", "__bool__", "__int__"):

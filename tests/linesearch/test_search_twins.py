@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import detente
-from detente.linesearch import Backtracking, FastBacktracking
+from detente.linesearch import Backtracking, FastBacktracking, SearchOptions
 
 GAMMA, C, TRIALS = 2.0, 1e-2, 12
 EPS = torch.finfo(torch.float64).eps
@@ -144,7 +144,9 @@ def test_equal_to_its_twin(
     slow = deepcopy(net)
     shared = net.encoder if modules else net.encoder.parameters()
     own = dict(net.heads.items()) if modules else net.heads.parameters()
-    search = kind(detente.create("mgda"), shared, own, lr_ub, GAMMA, C, TRIALS, check_steps=0)
+    search = kind(
+        detente.create("mgda"), shared, own, lr_ub, GAMMA, C, TRIALS, options=SearchOptions(check_steps=0)
+    )
     trials, mine, twins = [], torch.manual_seed(7).get_state(), torch.manual_seed(7).get_state()
     for step in range(steps):
         x = batch(step)

@@ -166,9 +166,10 @@ def test_options_arrive() -> None:
     )
     search = steps.search
     assert (search.gamma, search.c, search.max_trials, search.lr_ub) == (3.0, 0.2, 5, 0.5)
-    assert (search.on_no_descent, search.small_step, search.lower_ub) == ("small-step", 0.01, "divided")
-    assert search.precondition == "rmsprop"
-    plain = steps_of(parabolas, search="backtracking").search
+    options = search.options
+    assert (options.on_no_descent, options.small_step, options.lower_ub) == ("small-step", 0.01, "divided")
+    assert options.precondition == "rmsprop"
+    plain = steps_of(parabolas, search="backtracking").search.options
     assert (plain.on_no_descent, plain.lower_ub, plain.precondition) == ("error", None, None)
 
 
@@ -233,7 +234,7 @@ def test_the_schedule_and_the_lowering_multiply() -> None:
         halve_every=1,
         search_lower="divided",
     )
-    steps.search.patience = 1
+    steps.search.options = replace(steps.search.options, patience=1)
     assert steps.rate(0) == 8.0
     take(steps)
     assert (steps.search.lowered, steps.search.first_length) == (1, 4.0)

@@ -1,4 +1,4 @@
-"""Directions divided by running moments, entry by entry: Adam, RMSProp, Adagrad without their learning rate."""
+"""Divide directions by running moments, entry by entry: Adam, RMSProp, Adagrad without their learning rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-Preconditioner = Literal["adam", "rmsprop", "adagrad"]
+Kind = Literal["adam", "rmsprop", "adagrad"]
 State = dict[str, torch.Tensor]
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -22,8 +22,8 @@ ALPHA = 0.99
 EPSILON = {"adam": 1e-8, "rmsprop": 1e-8, "adagrad": 1e-10}
 
 
-def precondition(kind: Preconditioner, gradient: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-    """One direction and the moments after it; the arguments are left as they were.
+def precondition(kind: Kind, gradient: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+    """Divide one direction; return it and the moments after it. The arguments are left as they were.
 
     These are the steps of ``torch.optim.Adam``, ``RMSprop`` and ``Adagrad`` with their default constants and a learning
     rate of 1: mean / (√square + ε) with both means corrected for their start (betas 0.9 and 0.999), gradient / (√square
@@ -56,15 +56,15 @@ def precondition(kind: Preconditioner, gradient: torch.Tensor, state: State) -> 
     return mean / (1 - BETAS[0] ** count) / length, {"steps": steps, "mean": mean, "square": square}
 
 
-class Moments:
-    """The moments of some parameters, by their position, so that they can be saved.
+class Preconditioner:
+    """Divide directions by running moments of the parameters, kept by position so that they can be saved.
 
     Args:
         kind: which preconditioner.
         parameters: all that may ever be moved, in a fixed order.
     """
 
-    def __init__(self, kind: Preconditioner, parameters: Sequence[torch.Tensor]) -> None:
+    def __init__(self, kind: Kind, parameters: Sequence[torch.Tensor]) -> None:
         self.kind = kind
         self._parameters = list(parameters)
         self._position = {parameter: position for position, parameter in enumerate(parameters)}
@@ -73,39 +73,34 @@ class Moments:
     def propose(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, State]]:
-        """Parameters with their preconditioned directions, and the moments to :meth:`commit` if the step is taken."""
-        found, proposed = [], {}
+        """Divide the directions of parameters; return them and the moments to :meth:`commit` if the step is taken."""
+        moved, proposed = [], {}
         for parameter, direction in pairs:
             place = self._position[parameter]
             if direction.layout is not torch.strided:
                 direction = direction.to_dense()
             plain = torch.view_as_real(direction.resolve_conj()) if direction.is_complex() else direction
-            moved, proposed[place] = precondition(self.kind, plain, self._states.get(place, {}))
-            found.append((parameter, torch.view_as_complex(moved) if direction.is_complex() else moved))
-        return found, proposed
+            divided, proposed[place] = precondition(self.kind, plain, self._states.get(place, {}))
+            moved.append((parameter, torch.view_as_complex(divided) if direction.is_complex() else divided))
+        return moved, proposed
 
     def commit(self, proposed: Mapping[int, State]) -> None:
         """Take what :meth:`propose` gave."""
         self._states.update(proposed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kind, and position to moments."""
+        """Save the kind, and position to moments."""
         return {
             "kind": self.kind,
             "states": {place: dict(state) for place, state in self._states.items()},
         }
 
-    def read(self, saved: Mapping[str, Any] | None) -> dict[int, State]:
-        """Saved moments on the devices and in the dtypes of the parameters; nothing is changed yet.
+    def read(self, saved: Mapping[str, Any]) -> dict[int, State]:
+        """Read saved moments on the devices and in the dtypes of the parameters; nothing is changed yet.
 
         Raises:
-            ValueError: they are of another kind, or of other parameters.
+            ValueError: they are of other parameters, or nothing that was saved.
         """
-        kind = None if saved is None else saved.get("kind")
-        if saved is None or kind != self.kind:
-            raise ValueError(
-                f"the saved search has precondition={kind!r}, this one precondition={self.kind!r}."
-            )
         try:
             return self._read(saved["states"])
         except (KeyError, TypeError, AttributeError) as error:
@@ -132,3 +127,19 @@ class Moments:
     def load(self, states: dict[int, State]) -> None:
         """Take what :meth:`read` gave."""
         self._states = states
+
+
+def read_moments(preconditioner: Preconditioner | None, saved: Any) -> dict[int, State]:
+    """Read saved moments for a preconditioner, or none for none; nothing is changed yet.
+
+    Raises:
+        ValueError: they are of another preconditioner, of other parameters, or nothing that was saved.
+    """
+    if saved is not None and not isinstance(saved, Mapping):
+        raise ValueError(f"the saved moments are a {type(saved).__name__}, not what state_dict() returned.")
+    theirs = None if saved is None else saved.get("kind")
+    mine = None if preconditioner is None else preconditioner.kind
+    if theirs != mine or (saved is not None and mine is None):
+        here = "this one has none" if mine is None else f"this one precondition={mine!r}"
+        raise ValueError(f"the saved search has precondition={theirs!r}, {here}.")
+    return {} if preconditioner is None or saved is None else preconditioner.read(saved)

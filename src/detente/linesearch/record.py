@@ -1,4 +1,4 @@
-"""What one search did, in plain numbers, and what may go wrong with it."""
+"""Record what one search did, in plain numbers, and name what may go wrong with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from detente.values import StepRecord
 
-Outcome = Literal["accepted", "small-step", "capped", "stationary", "refused"]
+SearchStatus = Literal["accepted", "small-step", "capped", "stationary", "refused"]
 
 
 class _Advised(ValueError):
@@ -79,13 +79,13 @@ class SearchRecord:
         record: what the method saw and decided; its ``seconds`` are those until the direction was known.
 
     Example:
-        >>> found = SearchRecord(("left",), "accepted", (0.5,), (0.25,), 0.1, 2, (2.0,), (1.5,), 0.2, 3, 3)
-        >>> found.accepted, found.to_dict()["losses_after"]
+        >>> record = SearchRecord(("left",), "accepted", (0.5,), (0.25,), 0.1, 2, (2.0,), (1.5,), 0.2, 3, 3)
+        >>> record.accepted, record.to_dict()["losses_after"]
         (True, [0.25])
     """
 
     names: tuple[str, ...]
-    status: Outcome
+    status: SearchStatus
     losses_before: tuple[float, ...]
     losses_after: tuple[float, ...] | None
     eta: float

@@ -1,130 +1,134 @@
-"""One step of a line search: what both searches have in common."""
+"""Take one step of a line search: a direction to move along, the lengths to try, a condition to judge them."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, final
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, final
 
 import numpy as np
-from torch import nn
 
-from detente.autograd.host import to_host
-from detente.autograd.measure import Taken
-from detente.autograd.partition import Memory
-from detente.autograd.ranks import ProcessGroup, ranks_of
-from detente.autograd.reduce import Samples
-from detente.autograd.where import Where
-from detente.linesearch.armijo import Array, repeats, rounding_tolerance, sufficient_decrease
-from detente.linesearch.batch import Batch
-from detente.linesearch.begin import begin
-from detente.linesearch.closure import Closure, Losses, Runs
-from detente.linesearch.moments import Preconditioner
-from detente.linesearch.moves import Moves
+from detente.linesearch.armijo import Array, Condition, Slopes, repeats
+from detente.linesearch.closure import Closure
+from detente.linesearch.direction import Direction, Displacement
+from detente.linesearch.engine import (
+    Engine,
+    Parameters,
+    ProcessGroup,
+    Samples,
+    as_tensors,
+    to_host,
+    undone_on_failure,
+)
+from detente.linesearch.losses import BatchLosses
+from detente.linesearch.moments import Preconditioner, read_moments
 from detente.linesearch.options import (
+    DEFAULTS,
+    SearchOptions,
     check_method,
-    check_modules,
     check_roles,
     in_range,
-    kept,
+    keywords_moved_to,
     modules_in,
+    read_once,
     whole,
 )
-from detente.linesearch.plan import Along, Plan
-from detente.linesearch.record import ClosureChanged, NoDescent, Outcome, SearchFailed, SearchRecord
+from detente.linesearch.passes import Passes
+from detente.linesearch.record import ClosureChanged, NoDescent, SearchFailed, SearchRecord, SearchStatus
+from detente.linesearch.trials import Trials
 from detente.methods import Method
-from detente.methods.arguments import one_of
-from detente.step import of_first_rank, record_of, undone_on_failure, with_direction
-from detente.values import Combination, StepRecord
-
-Descent = Literal["error", "small-step"]
-Cap = Literal["skip", "error"]
-Lower = Literal["cap", "divided"] | None
-Modules = nn.Module | Iterable[nn.Module] | None
+from detente.values import StepRecord
 
 
 @dataclass(frozen=True)
-class Taking:
-    """An accepted trial."""
+class SearchDeclaration:
+    """Declare a search.
 
-    status: Outcome
-    eta: float
-    trials: int
-    losses: Array
+    Attributes:
+        name: for the registry and the command line.
+        source: paper and algorithm.
+        direction: where the problem is solved, and what is moved.
+        search: options to the values that a search for hyperparameters tries.
+        lacks: fields of :class:`SearchOptions` that it does not have, each with the sentence that says why.
+    """
+
+    name: str
+    source: str
+    direction: type[Direction]
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Hold how the trials of one step ended.
+
+    Attributes:
+        status, eta, trials, notes: as in :class:`SearchRecord`.
+        slopes: None if the method refused the step.
+        after: [T] losses at the length that was taken.
+        true_losses, true_condition: of the network itself, where it was run once more.
+    """
+
+    status: SearchStatus
+    slopes: Slopes | None = None
+    eta: float = 0.0
+    trials: int = 0
+    after: Array | None = None
+    true_losses: Array | None = None
+    true_condition: bool | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Search(ABC):
-    """The loop of both searches; :class:`Backtracking` and :class:`FastBacktracking` say what a trial is.
+    """Compose direction, trials and condition; the searches of this package differ in the direction alone.
 
-    The options are those of :class:`Backtracking`.
+    The arguments are those of :class:`Backtracking`.
     """
 
-    space: ClassVar[Literal["exact", "features"]]
+    declares: ClassVar[SearchDeclaration]
     counters: ClassVar[tuple[str, ...]] = ("steps", "capped", "in_a_row", "lowered")
-    settings: ClassVar[tuple[str, ...]] = (
-        "lr_ub",
-        "gamma",
-        "c",
-        "max_trials",
-        "on_cap",
-        "on_no_descent",
-        "small_step",
-        "lower_ub",
-        "patience",
-        "check_steps",
-        "rounding",
-        "precondition",
-    )
-    precondition: Preconditioner | None = None
 
+    @keywords_moved_to(SearchOptions, "options")
     def __init__(
         self,
         method: Method,
-        shared: Any,
-        task_specific: Any,
+        shared: Parameters,
+        task_specific: Parameters | Mapping[str, Any],
         lr_ub: float,
-        gamma: float,
-        c: float,
-        max_trials: int,
-        *,
-        on_cap: Cap,
-        on_no_descent: Descent,
-        small_step: float | None,
-        lower_ub: Lower,
-        patience: int,
-        modules: Modules,
-        check_steps: int,
-        rounding: float,
+        gamma: float = 2.0,
+        c: float = 1e-4,
+        max_trials: int = 20,
+        options: SearchOptions = DEFAULTS,
     ) -> None:
-        self.method = check_method(method, self.space)
-        self.shared, self.task_specific = kept(shared), kept(task_specific)
+        self.method = check_method(method, self.declares.direction.space)
+        self.shared, self.task_specific = read_once(shared), read_once(task_specific)
         check_roles(self.shared, self.task_specific)
         self.lr_ub = lr_ub
         self.gamma = in_range("gamma", gamma, above=1)
         self.c = in_range("c", c, below=1)
         self.max_trials = whole("max_trials", max_trials, least=1)
-        self.on_cap = one_of("on_cap", on_cap, ("skip", "error"))
-        self.on_no_descent = one_of("on_no_descent", on_no_descent, ("error", "small-step"))
-        if (on_no_descent == "small-step") != (small_step is not None):
-            raise ValueError(
-                "options on_no_descent='small-step' and small_step= belong together: give both, or neither."
-            )
-        self.small_step = None if small_step is None else in_range("small_step", small_step)
-        self.lower_ub = one_of("lower_ub", lower_ub, (None, "cap", "divided"))
-        if lower_ub == "cap" and on_cap == "error":
-            raise ValueError(
-                "option lower_ub='cap' counts searches that end at the cap: use on_cap='skip' with it."
-            )
-        self.patience = whole("patience", patience, least=1)
-        self._discover = modules is None
-        self._modules = [*modules_in(self.shared), *modules_in(self.task_specific), *check_modules(modules)]
-        self.check_steps = whole("check_steps", check_steps, least=0)
-        self.rounding = in_range("rounding", rounding, least=0)
-        self._memory = Memory()
+        if not isinstance(options, SearchOptions):
+            raise TypeError(f"options= takes SearchOptions, got {type(options).__name__}.")
+        options.refuse(self.declares.lacks, type(self).__name__)
+        self.options = options
         self.steps = self.capped = self.in_a_row = self.lowered = 0
+        self.true_condition_checks = self.true_condition_failures = 0
+        self._modules = [*modules_in(self.shared), *modules_in(self.task_specific), *options.named_modules]
+        kind = options.precondition
+        everyone = (*as_tensors(self.shared, "shared"), *as_tensors(self.task_specific, "task_specific"))
+        self._preconditioner = None if kind is None else Preconditioner(kind, everyone)
+        self._engine = Engine(
+            method,
+            self.shared,
+            self.task_specific,
+            on_features=self.declares.direction.space == "features",
+            # Moments divide whole directions, whose products with the gradients are then taken again.
+            whole=options.precondition is not None,
+        )
 
     @property
     def lr_ub(self) -> float:
@@ -136,19 +140,18 @@ class Search(ABC):
         self._lr_ub = in_range("lr_ub", value)
 
     @property
+    def trials(self) -> Trials:
+        """The lengths of the next search."""
+        return Trials(self.lr_ub, self.gamma, self.max_trials, self.lowered, self.in_a_row)
+
+    @property
     def first_length(self) -> float:
-        """The length that the next search tries first: ``lr_ub`` divided by γ as often as ``lower_ub`` asked.
+        """The length that the next search tries first: ``lr_ub`` divided by γ as often as ``lower_ub`` demanded.
 
         Raises:
             ValueError: that is too small for a number.
         """
-        found = self._divided(self.lowered)
-        if not found > 0:
-            raise ValueError(
-                f"lr_ub is {self.lr_ub:g} and was divided by gamma {self.lowered} times, which leaves nothing: set "
-                "search.lowered = 0 to start again from lr_ub, or lr_ub higher."
-            )
-        return found
+        return self.trials.first
 
     @final
     def step(
@@ -157,7 +160,8 @@ class Search(ABC):
         """Find a length and move the parameters by it; no ``.grad`` is touched.
 
         On several processes the direction, the slopes and the losses of every trial are those of the whole batch, so
-        that all ranks take the same step. Call it on every rank; each runs its closure equally often.
+        that all ranks take the same step. Call it on every rank; each runs its closure equally often. Under the
+        caller's ``torch.autocast`` the closure alone runs in half precision.
 
         Args:
             closure: ``closure()`` runs the network on the batch of this step and returns (features, losses);
@@ -172,7 +176,7 @@ class Search(ABC):
             What was done, in plain numbers; on several processes the same on all, but for seconds.
 
         Raises:
-            NoDescent: some loss does not fall along the direction, and no small step was asked for.
+            NoDescent: some loss does not fall along the direction, and no small step was requested.
             ClosureChanged: the closure gives other losses when it is called again at the same point.
             SearchFailed: no trial was accepted and a loss of the last one was NaN or infinite, or ``on_cap="error"``.
             ValueError: what :func:`detente.backward` raises for losses and gradients.
@@ -181,54 +185,52 @@ class Search(ABC):
 
             After any of them parameters, buffers, random state and method are as they were before the step.
         """
-        started, lengths = time.perf_counter(), self._lengths()
-        ranks = ranks_of(process_group)
-        runs = Runs(closure, self._modules, discover=self._discover)
-        undo: list[Moves] = []
-        with self._undone_on_failure(runs, undo):
-            ready, taken, features, losses = begin(
-                lambda: self._first(runs),
-                lambda features: Where.given(
-                    features if self.space == "features" else None, self.shared, self.task_specific, None
-                ),
-                self.method,
-                self._memory,
-                ranks,
-                samples,
-                # Moments divide whole directions, whose products with the gradients are then taken again.
-                whole=self.precondition is not None,
+        started, lengths = time.perf_counter(), self.trials.lengths()
+        passes = Passes(closure, self._modules, discover=self.options.modules is None)
+        moved: list[Displacement] = []
+        with passes.precision.left(), self._undone_on_failure(passes, moved):
+            solved = self._engine.solve(lambda: self.declares.direction.first(passes), process_group, samples)
+            decided = replace(solved.record, seconds=time.perf_counter() - started)
+            if not solved.combination.accepted:
+                return self._finish(passes, started, decided, Ending("refused"))
+            direction = self.declares.direction.of(solved, self._preconditioner)
+            moved.append(direction.moved)
+            losses, numbers = BatchLosses.of(solved).agree(
+                direction.check, direction.unread, direction.alike, self._settings()
             )
-            batch = Batch(ready, losses)
-            combination = of_first_rank(self.method.combine(taken.gradients), ready)
-            decided = record_of(taken.gradients, combination)
-            if not combination.accepted:
-                return self._end(runs, started, decided, None, None, "refused")
-            along = Along.by_gramian(taken.gradients, combination)
-            combination = with_direction(combination, taken.gradients)
-            plan = self._plan(taken, combination, along, features, batch.epsilon)
-            undo.append(plan.moves)
-            settings = {name: getattr(self, name) for name in (*self.settings, *self.counters)}
-            batch.settle(plan, lambda: self._check(taken), settings)
             decided = replace(decided, seconds=time.perf_counter() - started)
-            return self._search(runs, started, decided, batch, plan, undo, lengths)
+            run = _Run(self, passes, direction, losses, moved)
+            ending = run.search(lengths, None if numbers is None else direction.slopes(numbers))
+            if self._preconditioner is not None and ending.after is not None:
+                self._preconditioner.commit(direction.moments)
+            return self._finish(passes, started, decided, ending)
 
     # ---- saving
 
     def state_dict(self) -> dict[str, Any]:
-        """What a new search needs to go on bit for bit, beside the network's own state and the random state.
+        """Save what a new search needs to go on bit for bit, beside the network's own state and the random state.
 
-        That is the first length, the counters, and the state of the method.
+        That is the first length, the counters, the moments of a preconditioner, and the state of the method.
         """
         counters = {name: getattr(self, name) for name in self.counters}
-        return {"lr_ub": self.lr_ub, "counters": counters, "method": self.method.state_dict()}
+        state: dict[str, Any] = {
+            "lr_ub": self.lr_ub,
+            "counters": counters,
+            "method": self.method.state_dict(),
+        }
+        if "precondition" not in self.declares.lacks:
+            state["moments"] = None if self._preconditioner is None else self._preconditioner.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; options are those of this search.
 
         Raises:
-            ValueError: the state is not that of such a search; nothing is changed.
+            ValueError: the state is not that of such a search, or its moments are of another preconditioner or of
+                other parameters; nothing is changed.
         """
         self._check_state(state)
+        moments = read_moments(self._preconditioner, state.get("moments"))
         lr_ub = in_range("lr_ub", state["lr_ub"])
         counters = {name: whole(name, value, least=0) for name, value in state["counters"].items()}
         with undone_on_failure(self.method):
@@ -241,6 +243,8 @@ class Search(ABC):
         self._lr_ub = lr_ub
         for name, value in counters.items():
             setattr(self, name, value)
+        if self._preconditioner is not None:
+            self._preconditioner.load(moments)
 
     def _check_state(self, state: Any) -> None:
         counters = state.get("counters") if isinstance(state, Mapping) else None
@@ -253,235 +257,224 @@ class Search(ABC):
                 f"this is not the state of a {type(self).__name__}: pass what its state_dict() returned."
             )
 
-    # ---- what a trial is
-
-    @abstractmethod
-    def _first(self, runs: Runs) -> tuple[Any, Losses]:
-        """Representation and losses, with a graph."""
-
-    @abstractmethod
-    def _plan(
-        self, taken: Taken, combination: Combination, along: Along | None, features: Any, epsilon: Array
-    ) -> Plan:
-        """What to move, and along what; ``along`` the method's direction, where the Gramian tells it."""
-
-    def _check(self, taken: Taken) -> None:  # noqa: B027, most have nothing to add
-        """See that such gradients can be searched along."""
-
-    @abstractmethod
-    def _losses_at(self, runs: Runs, plan: Plan, eta: float) -> Losses:
-        """The losses at a distance ``eta``, the plan's parameters moved already."""
-
-    @abstractmethod
-    def _carry(self, runs: Runs, plan: Plan, eta: float, undo: list[Moves]) -> None:
-        """Move what the trials did not; add it to what is undone after a failure."""
-
-    @abstractmethod
-    def _settle(self, runs: Runs, batch: Batch, plan: Plan, taking: Taking) -> tuple[Array, bool] | None:
-        """Finish an accepted step; the network's own losses and whether the condition holds for them, where asked."""
-
     # ---- private
 
-    def _search(
-        self,
-        runs: Runs,
-        started: float,
-        decided: StepRecord,
-        batch: Batch,
-        plan: Plan,
-        undo: list[Moves],
-        lengths: list[float],
-    ) -> SearchRecord:
-        if self.steps < self.check_steps:
-            self._check_closure(runs, batch, plan)
-        if plan.slopes is None and not plan.descends:
-            plan.read(*to_host([plan.unread]))
-        searched = True
-        if plan.slopes is not None:
-            moved = plan.moved()
-            if not moved.any():
-                return self._end(runs, started, decided, plan, None, "stationary")
-            against = plan.against(moved)
-            if against.any():
-                lengths, searched = [self._without_descent(plan, against)], False
-        notes: tuple[str, ...] = ()
+    def _settings(self) -> dict[str, object]:
+        """Everything by which the steps of several processes could differ."""
+        names = ("lr_ub", "gamma", "c", "max_trials", *self.counters)
+        return {name: getattr(self, name) for name in names} | self.options.plain()
+
+    def _finish(self, passes: Passes, started: float, decided: StepRecord, ending: Ending) -> SearchRecord:
+        """Leave buffers and random state as the passes with a graph did, count, and write the record."""
+        passes.leave()
+        trials, first = self.trials, self.first_length
+        lowered, notes = trials.after(ending.status, ending.trials, self.options)
+        self.lowered, self.in_a_row = lowered.lowered, lowered.in_a_row
+        self.steps += 1
+        self.capped += ending.status == "capped"
+        self.true_condition_checks += ending.true_condition is not None
+        self.true_condition_failures += ending.true_condition is False
+        slopes = ending.slopes
+        return SearchRecord(
+            names=decided.names,
+            status=ending.status,
+            losses_before=decided.losses,
+            losses_after=_numbers(ending.after),
+            eta=ending.eta,
+            trials=ending.trials,
+            slopes=None if slopes is None else _numbers(slopes.total),
+            shared_slopes=None if slopes is None else _numbers(slopes.shared),
+            lr_ub=first,
+            head_forwards=passes.head_forwards,
+            trunk_forwards=passes.trunk_forwards,
+            true_losses=_numbers(ending.true_losses),
+            true_condition=ending.true_condition,
+            notes=(*ending.notes, *_untouched(decided), *notes),
+            seconds=time.perf_counter() - started,
+            record=decided,
+        )
+
+    @contextmanager
+    def _undone_on_failure(self, passes: Passes, moved: Sequence[Displacement]) -> Iterator[None]:
+        with passes.undone_on_failure(), undone_on_failure(self.method):
+            try:
+                yield
+            except BaseException:
+                for displacement in moved:
+                    displacement.back()
+                raise
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Run the trials of one step.
+
+    Attributes:
+        owner: whose options and constants hold.
+        passes, direction, losses: of the step.
+        moved: what is put back after a failure; the encoder is added once it moves.
+    """
+
+    owner: Search
+    passes: Passes
+    direction: Direction
+    losses: BatchLosses
+    moved: list[Displacement]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.losses.names
+
+    def search(self, lengths: Sequence[float], slopes: Slopes | None) -> Ending:
+        """Try the lengths one after the other, unless the slopes forbid it.
+
+        Slopes that are still on a device (None) arrive with the losses of the first pass, where it is known that every
+        loss falls.
+        """
+        owner, direction = self.owner, self.direction
+        if owner.steps < owner.options.check_steps:
+            again, slopes = self._evaluate(0.0, slopes)
+            self._check_repeats(again)
+        if slopes is None and not direction.descends:
+            slopes = direction.slopes(to_host([direction.unread])[0])
+        if slopes is not None and not slopes.moved.any():
+            return Ending("stationary", slopes)
+        if slopes is not None and slopes.against.any():
+            return self._small_step(slopes)
         for trial, eta in enumerate(lengths, start=1):
-            plan.moves.to(eta)
-            after = self._evaluate(runs, batch, plan, eta)
-            if not (self._holds(plan, after, eta) if searched else np.isfinite(after)).all():
+            direction.moved.to(eta)
+            after, slopes = self._evaluate(eta, slopes)
+            condition = self._condition(slopes)
+            holds = condition.holds(after, eta)
+            if not holds.all():
                 continue
-            self._carry(runs, plan, eta, undo)
-            if searched and (after == plan.before).all() and not any(moves.away() for moves in undo):
+            self._move_rest(eta)
+            if (after == self.losses.before).all() and not any(moved.away() for moved in self.moved):
                 notes = (f"a length of {eta:.3g} moves nothing: it is lost in rounding",)
                 if trial == 1:  # and nothing was rejected
-                    return self._end(runs, started, decided, plan, None, "stationary", trials=1, notes=notes)
-                break
-            taking = Taking("accepted" if searched else "small-step", eta, trial, after)
-            seen = self._settle(runs, batch, plan, taking)
-            return self._end(runs, started, decided, plan, taking, taking.status, seen)
-        self._check_failure(runs, batch, plan, after, eta, searched)
-        return self._end(runs, started, decided, plan, None, "capped", trials=trial, notes=notes)
+                    return Ending("stationary", slopes, trials=1, notes=notes)
+                return self._capped(condition, after, Ending("capped", slopes, eta, trial, notes=notes))
+            return self._look(condition, Ending("accepted", slopes, eta, trial, after))
+        return self._capped(condition, after, Ending("capped", slopes, eta, trial))
 
-    def _divided(self, times: int) -> float:
-        try:
-            return self.lr_ub / self.gamma**times
-        except OverflowError:
-            return 0.0
-
-    def _lengths(self) -> list[float]:
-        lengths = [self.first_length]
-        while len(lengths) < self.max_trials and lengths[-1] / self.gamma > 0:
-            lengths.append(lengths[-1] / self.gamma)
-        return lengths
-
-    def _evaluate(self, runs: Runs, batch: Batch, plan: Plan, eta: float) -> Array:
+    def _evaluate(self, eta: float, slopes: Slopes | None) -> tuple[Array, Slopes]:
         """[T] the losses at a distance ``eta``; slopes that are still on a device come with the same copy."""
-        values, numbers = batch.losses(lambda: self._losses_at(runs, plan, eta), plan.unread)
-        plan.read(numbers)
-        return values
+        unread = self.direction.unread if slopes is None else ()
+        values, numbers = self.losses.read(lambda: self.direction.losses_at(self.passes, eta), unread)
+        return values, self.direction.slopes(numbers) if slopes is None else slopes
 
-    def _holds(self, plan: Plan, after: Array, eta: float) -> np.ndarray:
-        assert plan.slopes is not None
-        tolerance = rounding_tolerance(plan.before, after, plan.epsilon, self.rounding)
-        return sufficient_decrease(plan.before, after, plan.slopes, eta, self.c, tolerance)
+    def _condition(self, slopes: Slopes) -> Condition:
+        owner, losses = self.owner, self.losses
+        return Condition(losses.before, slopes.total, losses.epsilon, owner.c, owner.options.rounding)
 
-    def _check_closure(self, runs: Runs, batch: Batch, plan: Plan) -> None:
-        """See that the closure gives the same losses again where the step began."""
-        again = self._evaluate(runs, batch, plan, 0.0)
-        same = repeats(plan.before, again, plan.epsilon)
+    def _move_rest(self, eta: float) -> None:
+        rest = self.direction.rest(self.passes)
+        if rest is not None:
+            self.moved.append(rest)
+            rest.to(eta)
+
+    def _look(self, condition: Condition, ending: Ending) -> Ending:
+        """Run the network itself once more, where the options ask for it after this step."""
+        every = int(self.owner.options.check_true)
+        if not every or (self.owner.steps + 1) % every:
+            return ending
+        values, _ = self.losses.read(self.passes.whole)
+        holds = bool(condition.holds(values, ending.eta).all())
+        return replace(ending, true_losses=values, true_condition=holds)
+
+    def _small_step(self, slopes: Slopes) -> Ending:
+        """Take the constant step where some loss does not fall, or say whose fault it is."""
+        eta = self.owner.options.small_step
+        if eta is None:
+            raise self._no_descent(slopes)
+        self.direction.moved.to(eta)
+        after, _ = self._evaluate(eta, slopes)
+        if not np.isfinite(after).all():
+            self._put_back(after, f"after the constant small step of {eta:.3g}", "Lower small_step.")
+        self._move_rest(eta)
+        return Ending("small-step", slopes, eta, 1, after)
+
+    def _capped(self, condition: Condition, after: Array, ending: Ending) -> Ending:
+        """Put everything back where no trial was accepted, and complain if the options ask for it.
+
+        Args:
+            condition: of this search.
+            after: [T] losses at the last trial.
+            ending: with the length of the last trial, which is not taken.
+        """
+        where = f"at the last trial, a step of {ending.eta:.3g}"
+        self._put_back(after, where, "Lower lr_ub, or raise max_trials.")
+        if self.owner.options.on_cap == "error":
+            holds = condition.holds(after, ending.eta)
+            worst = tuple(name for name, ok in zip(self.names, holds, strict=True) if not ok)
+            what = (
+                f"the loss of task {worst[0]!r} does not fall enough"
+                if worst
+                else "no parameter moves any more"
+            )
+            raise SearchFailed(
+                f"{what} {where}. The parameters are back where they were.",
+                "Lower lr_ub, raise max_trials, or skip such steps with on_cap='skip'.",
+                worst,
+            )
+        return replace(ending, eta=0.0)
+
+    def _put_back(self, after: Array, where: str, advice: str) -> None:
+        """Put the parameters back; tell a changed batch, and losses that are not finite, from a failure to fall."""
+        self.direction.moved.back()
+        again, _ = self.losses.read(lambda: self.direction.losses_at(self.passes, 0.0))
+        self._check_repeats(again)
+        bad = tuple(name for name, loss in zip(self.names, after, strict=True) if not np.isfinite(loss))
+        if bad:
+            raise SearchFailed(
+                f"the loss of task {bad[0]!r} is not finite (NaN or Inf) {where}. The parameters are back where they "
+                "were.",
+                advice,
+                bad,
+            )
+
+    def _check_repeats(self, again: Array) -> None:
+        """Refuse a closure that gives other losses where the step began."""
+        before = self.losses.before
+        same = repeats(before, again, self.losses.epsilon)
         if not same.all():
             task = int(np.argmin(same))
             raise ClosureChanged(
-                f"the closure gave task {plan.taken.gradients.names[task]!r} the loss {plan.before[task]:.9g} and, "
-                f"called again with the same parameters, {again[task]:.9g}. Fetch the batch outside the closure, and "
-                "draw random numbers from torch's global generator only: the search rewinds that one. Nothing was "
-                "changed."
+                f"the closure gave task {self.names[task]!r} the loss {before[task]:.9g} and, called again with the "
+                f"same parameters, {again[task]:.9g}. Fetch the batch outside the closure, and draw random numbers "
+                "from torch's global generator only: the search rewinds that one. Nothing was changed."
             )
 
-    def _without_descent(self, plan: Plan, against: np.ndarray) -> float:
-        """The constant small step."""
-        if self.small_step is not None:
-            return self.small_step
-        assert plan.slopes is not None
-        named = zip(plan.taken.gradients.names, plan.slopes, plan.flat(), against, strict=True)
+    def _no_descent(self, slopes: Slopes) -> NoDescent:
+        named = zip(self.names, slopes.total, slopes.flat, slopes.against, strict=True)
         tasks = {
             name: "zero up to rounding" if flat else f"{slope:.3g}"
             for name, slope, flat, worse in named
             if worse
         }
         listed = ", ".join(f"{name!r} ({slope})" for name, slope in tasks.items())
-        raise NoDescent(
-            f"the direction of {self.method.declares.name} is no descent for task {listed} (in brackets what the loss "
-            "falls by per unit of length): no length can satisfy the condition for all tasks. Nothing was changed.",
-            f"{self._instead(plan, against)}, or take a constant step with on_no_descent='small-step' and small_step=.",
+        return NoDescent(
+            f"the direction of {self.owner.method.declares.name} is no descent for task {listed} (in brackets what the "
+            "loss falls by per unit of length): no length can satisfy the condition for all tasks. Nothing was "
+            "changed.",
+            f"{self._remedy(slopes)}, or take a constant step with on_no_descent='small-step' and small_step=.",
             tuple(tasks),
         )
 
-    def _instead(self, plan: Plan, against: np.ndarray) -> str:
+    def _remedy(self, slopes: Slopes) -> str:
         """Whose fault it is that a loss does not fall: the moments', the heads', or the method's."""
-        assert plan.slopes is not None
-        if self.precondition is not None:
+        kind = self.owner.options.precondition
+        if kind is not None:
             return (
                 "What is a descent for every task need not stay one when it is divided by running moments: leave "
-                f"precondition={self.precondition!r} out"
+                f"precondition={kind!r} out"
             )
-        if ((plan.slopes - plan.shared_slopes)[against] < 0).any():
+        if (slopes.own[slopes.against] < 0).any():
             return (
                 "Parameters named in task_specific= that several tasks use move along the sum of their gradients, here "
                 "against a task: name them in shared="
             )
         return "Use a method whose direction descends for every task, such as mgda"
-
-    def _check_failure(
-        self, runs: Runs, batch: Batch, plan: Plan, after: Array, eta: float, searched: bool
-    ) -> None:
-        """No trial was accepted: put everything back, tell a changed batch from a real failure, complain if asked."""
-        plan.moves.back()
-        self._check_closure(runs, batch, plan)
-        names = plan.taken.gradients.names
-        back = "The parameters are back where they were."
-        bad = tuple(name for name, loss in zip(names, after, strict=True) if not np.isfinite(loss))
-        if bad:
-            where = "at the last trial, a step" if searched else "after the constant small step"
-            raise SearchFailed(
-                f"the loss of task {bad[0]!r} is not finite (NaN or Inf) {where} of {eta:.3g}. {back}",
-                "Lower lr_ub, or raise max_trials." if searched else "Lower small_step.",
-                bad,
-            )
-        if self.on_cap == "error":
-            holds = self._holds(plan, after, eta)
-            worst = tuple(name for name, ok in zip(names, holds, strict=True) if not ok)
-            told = (
-                f"the loss of task {worst[0]!r} does not fall enough"
-                if worst
-                else "no parameter moves any more"
-            )
-            raise SearchFailed(
-                f"{told} at the last trial, a step of {eta:.3g}. {back}",
-                "Lower lr_ub, raise max_trials, or skip such steps with on_cap='skip'.",
-                worst,
-            )
-
-    def _end(
-        self,
-        runs: Runs,
-        started: float,
-        decided: StepRecord,
-        plan: Plan | None,
-        taking: Taking | None,
-        status: Outcome,
-        seen: tuple[Array, bool] | None = None,
-        trials: int = 0,
-        notes: tuple[str, ...] = (),
-    ) -> SearchRecord:
-        """Leave buffers and random state as the passes with a graph did, count, and write the record."""
-        runs.leave()
-        self.steps += 1
-        self.capped += status == "capped"
-        trials = trials if taking is None else taking.trials
-        first, notes = self.first_length, notes + _untouched(decided) + self._lower(status, trials)
-        return SearchRecord(
-            names=decided.names,
-            status=status,
-            losses_before=decided.losses,
-            losses_after=None if taking is None else _numbers(taking.losses),
-            eta=0.0 if taking is None else taking.eta,
-            trials=trials,
-            slopes=None if plan is None or plan.slopes is None else _numbers(plan.slopes),
-            shared_slopes=None if plan is None else _numbers(np.asarray(plan.shared_slopes)),
-            lr_ub=first,
-            head_forwards=runs.head_forwards,
-            trunk_forwards=runs.trunk_forwards,
-            true_losses=None if seen is None else _numbers(seen[0]),
-            true_condition=None if seen is None else seen[1],
-            notes=notes,
-            seconds=time.perf_counter() - started,
-            record=decided,
-        )
-
-    def _lower(self, status: Outcome, trials: int) -> tuple[str, ...]:
-        """Lower the first length where enough searches in a row asked for it."""
-        if self.lower_ub is None or status not in ("accepted", "capped"):
-            return ()
-        asked = status == "capped" or (self.lower_ub == "divided" and trials > 1)
-        self.in_a_row = self.in_a_row + 1 if asked else 0
-        if self.in_a_row < self.patience:
-            return ()
-        self.in_a_row = 0
-        if not self._divided(self.lowered + 1) > 0:
-            return (f"the first length, {self.first_length:.6g}, cannot be lowered any further",)
-        self.lowered += 1
-        return (f"first length lowered to {self.first_length:.6g} after {self.patience} searches in a row",)
-
-    @contextmanager
-    def _undone_on_failure(self, runs: Runs, undo: list[Moves]) -> Iterator[None]:
-        with runs.undone_on_failure(), undone_on_failure(self.method):
-            try:
-                yield
-            except BaseException:
-                for moves in undo:
-                    moves.back()
-                raise
 
 
 def _untouched(decided: StepRecord) -> tuple[str, ...]:
@@ -494,5 +487,5 @@ def _untouched(decided: StepRecord) -> tuple[str, ...]:
     )
 
 
-def _numbers(values: Array) -> tuple[float, ...]:
-    return tuple(values.tolist())
+def _numbers(values: Array | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values.tolist())

@@ -294,7 +294,7 @@ class SearchedSteps:
     def __init__(
         self, problem: Problem, config: TrainingConfig, method: Method, module: nn.Module, forward: Forward
     ) -> None:
-        from detente.linesearch import Backtracking, FastBacktracking
+        from detente.linesearch import create
 
         self.problem, self.config, self.module, self.forward = problem, config, module, forward
         shared, own = roles(module, f"search {config.search}")
@@ -307,14 +307,9 @@ class SearchedSteps:
             "small_step": small,
             "lower_ub": None if lower == "none" else lower,
             "precondition": None if divisor == "none" else divisor,
+            "check_true": config.search_check or False,
         }
-        self.search: Search = (
-            FastBacktracking(
-                method, shared, own, config.learning_rate, check_true=config.search_check or False, **options
-            )
-            if config.search == "fast"
-            else Backtracking(method, shared, own, config.learning_rate, **options)
-        )
+        self.search: Search = create(config.search, method, shared, own, config.learning_rate, **options)
         self.tally, self.warned = Tally(), False
 
     def step(
