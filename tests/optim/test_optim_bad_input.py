@@ -98,10 +98,39 @@ def test_with_a_transform_no_moments_advance() -> None:
     assert not differences(everything(model, optimizer), before)
 
 
-def test_gradients_that_only_overflow_their_sum_are_fine() -> None:
-    weight = nn.Parameter(torch.zeros(4))
-    MAO([weight], lr=0.1).step([3e38 * weight.sum(), weight.sum()])
-    assert bool(torch.isfinite(weight).all())
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(("size", "dtype"), [(1e30, torch.float32), (300.0, torch.float16)])
+def test_a_gradient_whose_square_overflows_is_refused(size: float, dtype: torch.dtype, own: bool) -> None:
+    """The average of squares would be infinite from then on, and the entry would never move again."""
+    weight, trunk = nn.Parameter(torch.ones(4, dtype=dtype)), nn.Parameter(torch.ones(1, dtype=dtype))
+    optimizer = MAO([trunk], {"w": weight}) if own else MAO([("w", weight)], [trunk])
+    optimizer.step({"a": weight.sum() + trunk.sum(), "b": trunk.sum()})
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"task 'a' is too large for its square .* {dtype}, first in w"):
+        optimizer.step({"a": (weight.float() * size).sum() + trunk.sum(), "b": trunk.sum()})
+    after = optimizer.state_dict()
+    kept = [state["state"][1 if own else 0] for state in (before, after)]
+    assert not differences(*kept) and bool((weight - 1).abs().max() < 0.01)
+
+
+@BOTH
+def test_a_step_that_is_not_finite_is_refused(kind: Callable[..., Any]) -> None:
+    """Without eps an entry that no gradient has moved yet is 0 / 0."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = kind([("w", weight)], eps=0.0, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"the step of w is not finite .* Look for eps 0"):
+        optimizer.step({"a": weight[0], "b": 2 * weight[0]})
+    assert weight.tolist() == [1.0, 1.0] and not optimizer.state and optimizer.tasks is None
+    assert optimizer.step({"a": weight.sum(), "b": weight.sum()}).accepted
+
+
+@BOTH
+def test_an_own_step_that_is_not_finite_moves_nothing(kind: Callable[..., Any]) -> None:
+    trunk, head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = kind([trunk], [{"params": {"h": head}, "eps": 0.0}])
+    with pytest.raises(ValueError, match=r"the step of h is not finite"):
+        optimizer.step({"a": trunk.sum() + head[0], "b": trunk.sum()})
+    assert trunk.tolist() == head.tolist() == [1.0, 1.0] and not optimizer.state
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "diagnostics": frozenset({"values", "geometry"}),
     "step": frozenset({"values", "methods", "autograd", "diagnostics"}),
     "optim": frozenset({"step", "methods", "autograd", "values"}),
-    "linesearch": frozenset({"step", "methods", "autograd", "geometry", "values"}),
+    "linesearch": frozenset({"optim", "step", "methods", "autograd", "geometry", "values"}),
     "problems": NOTHING,
     "data": NOTHING,
     "models": NOTHING,

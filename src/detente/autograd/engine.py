@@ -382,9 +382,13 @@ def weighted_backward(step: Step, weights: torch.Tensor, *, plain_heads: bool) -
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch ``torch.autocast`` off inside: our arithmetic keeps the types it is given."""
+    """Switch ``torch.autocast`` off inside: our arithmetic keeps the types it is given.
+
+    The casts that it caches of parameters are dropped: an optimizer may move these inside.
+    """
     with ExitStack() as stack:
         for kind in _AUTOCAST:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.callback(torch.clear_autocast_cache)
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield

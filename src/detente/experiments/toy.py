@@ -15,6 +15,7 @@ import torch
 from detente.experiments.registry import Experiment
 from detente.experiments.toy_paths import Descent, descend
 from detente.methods import create, describe
+from detente.optim import OptimizerName
 from detente.problems import Toy
 from detente.records import Metric, RunFolder
 from detente.records.atomic import write_bytes
@@ -35,7 +36,7 @@ class ToyConfig(TrainingConfig):
 
     max_steps: int | None = 35_000
     """Steps of every path."""
-    optimizer: Literal["sgd", "adam", "adamw", "mao", "mtadam"] = "adam"
+    optimizer: OptimizerName = "adam"
     """Adam, in float64; the papers use no other."""
     learning_rate: float = 1e-3
     """Adam's step length."""

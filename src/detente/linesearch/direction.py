@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 import torch
 
+from detente.autograd.entries import dense, real
 from detente.linesearch.armijo import Array, Slopes, slope_tolerance
 from detente.linesearch.closure import check_graph, flat, like
 from detente.linesearch.engine import Gradients, Losses, Solved
@@ -305,8 +306,7 @@ def merged(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[torch.Ten
     """
     total: dict[torch.Tensor, torch.Tensor] = {}
     for parameter, direction in pairs:
-        if direction.layout is not torch.strided:
-            direction = direction.to_dense()
+        direction = dense(direction)
         total[parameter] = total[parameter] + direction if parameter in total else direction
     return total
 
@@ -362,9 +362,7 @@ def _row(columns: Sequence[torch.Tensor], pieces: Mapping[torch.Tensor, torch.Te
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     """The entries as one vector of real numbers; a complex one counts twice."""
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+    return real(dense(tensor)).reshape(-1)
 
 
 def _inner(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

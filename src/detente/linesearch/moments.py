@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+from detente.autograd.entries import dense, real
+from detente.optim.kernels import Bundle, Rule, laid_out, subtract
+
 Kind = Literal["adam", "rmsprop", "adagrad"]
 State = dict[str, torch.Tensor]
 
@@ -17,9 +20,9 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 """The moments that each keeps, beside the number of steps."""
 
-BETAS = (0.9, 0.999)
+ADAM = Rule("adam", lr=1.0, beta1=0.9, beta2=0.999, eps=1e-8)
 ALPHA = 0.99
-EPSILON = {"adam": 1e-8, "rmsprop": 1e-8, "adagrad": 1e-10}
+EPSILON = {"rmsprop": 1e-8, "adagrad": 1e-10}
 
 
 def precondition(kind: Kind, gradient: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
@@ -43,17 +46,16 @@ def precondition(kind: Kind, gradient: torch.Tensor, state: State) -> tuple[torc
         state = {"steps": torch.zeros((), dtype=torch.float64)}
         state |= {name: torch.zeros_like(gradient) for name in KINDS[kind]}
     steps = state["steps"] + 1
-    count = float(steps)
+    if kind == "adam":
+        gradient, direction = laid_out(gradient, state["mean"]), torch.zeros_like(state["mean"])
+        mean, square = state["mean"].clone(), state["square"].clone()
+        subtract(Bundle(ADAM, int(steps), [gradient], [mean], [square]), [direction])
+        return direction.neg_(), {"steps": steps, "mean": mean, "square": square}
     if kind == "adagrad":
         square = state["square"] + gradient * gradient
         return gradient / (square.sqrt() + EPSILON[kind]), {"steps": steps, "square": square}
-    if kind == "rmsprop":
-        square = ALPHA * state["square"] + (1 - ALPHA) * gradient * gradient
-        return gradient / (square.sqrt() + EPSILON[kind]), {"steps": steps, "square": square}
-    mean = BETAS[0] * state["mean"] + (1 - BETAS[0]) * gradient
-    square = BETAS[1] * state["square"] + (1 - BETAS[1]) * gradient * gradient
-    length = (square / (1 - BETAS[1] ** count)).sqrt() + EPSILON[kind]
-    return mean / (1 - BETAS[0] ** count) / length, {"steps": steps, "mean": mean, "square": square}
+    square = ALPHA * state["square"] + (1 - ALPHA) * gradient * gradient
+    return gradient / (square.sqrt() + EPSILON[kind]), {"steps": steps, "square": square}
 
 
 class Preconditioner:
@@ -77,9 +79,7 @@ class Preconditioner:
         moved, proposed = [], {}
         for parameter, direction in pairs:
             place = self._position[parameter]
-            if direction.layout is not torch.strided:
-                direction = direction.to_dense()
-            plain = torch.view_as_real(direction.resolve_conj()) if direction.is_complex() else direction
+            plain = real(dense(direction))
             divided, proposed[place] = precondition(self.kind, plain, self._states.get(place, {}))
             moved.append((parameter, torch.view_as_complex(divided) if direction.is_complex() else divided))
         return moved, proposed

@@ -53,6 +53,7 @@ class SearchDeclaration:
         direction: where the problem is solved, and what is moved.
         search: options to the values that a search for hyperparameters tries.
         lacks: fields of :class:`SearchOptions` that it does not have, each with the sentence that says why.
+        label: how tables call it; empty for its name.
     """
 
     name: str
@@ -60,6 +61,7 @@ class SearchDeclaration:
     direction: type[Direction]
     search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ class FastBacktracking(Search):
     declares: ClassVar[SearchDeclaration] = SearchDeclaration(
         name="fast",
         source="Filatov (2021), algorithm 3.2",
+        label="fast search",
         direction=FeatureDirection,
         search={"gamma": (2.0, 10.0), "c": (1e-4, 0.1)},
         lacks={
@@ -196,6 +197,9 @@ class FastBacktracking(Search):
         return self.true_condition_failures / checks if checks else None
 
 
+SearchName = Literal["backtracking", "fast"]
+"""Every name of :func:`searches`."""
+
 _SEARCHES: tuple[type[Search], ...] = (Backtracking, FastBacktracking)
 
 
@@ -211,6 +215,8 @@ class SearchInfo:
         options: name to :class:`detente.values.Option`: the constants of the constructor and the fields of
             :class:`SearchOptions` that the search has. The first length, ``lr_ub``, is a learning rate and none of
             them; nor are ``modules``.
+        label: how tables call it.
+        lacks: options of other searches that it does not have, each with the sentence that says why.
     """
 
     name: str
@@ -218,6 +224,8 @@ class SearchInfo:
     source: str
     space: Literal["exact", "features"]
     options: Mapping[str, Option]
+    label: str
+    lacks: Mapping[str, str]
 
 
 class UnknownSearch(ValueError, LookupError):
@@ -258,7 +266,13 @@ def describe(kind: type[Search]) -> SearchInfo:
             raise TypeError(f"{kind.__name__} declares a grid over {name!r}, which is none of its options.")
     summary = (inspect.getdoc(kind) or "").split("\n")[0]
     return SearchInfo(
-        declared.name, summary, declared.source, declared.direction.space, MappingProxyType(options)
+        declared.name,
+        summary,
+        declared.source,
+        declared.direction.space,
+        MappingProxyType(options),
+        declared.label or declared.name,
+        MappingProxyType(dict(declared.lacks)),
     )
 
 

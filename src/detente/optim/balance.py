@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from detente.autograd.host import to_host
+from detente.autograd.numbers import to_host
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,84 @@
-"""What optimizers with moments for each task have in common: groups, the order of a step, own parameters, saving."""
+"""Take steps with moments for each task: groups, the order of a step, own parameters, saving."""
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
-from detente.autograd.flat import Gradients
-from detente.autograd.host import to_host
-from detente.autograd.losses import Losses, check_losses, named_losses
-from detente.autograd.partition import Memory
-from detente.autograd.ranks import ProcessGroup, ranks_of
-from detente.autograd.reduce import Samples, losses_of_all, prepare
-from detente.autograd.where import Where
+from detente.autograd.entries import dense, real
 from detente.methods import Method
 from detente.optim.balance import Gauge, TaskBalance
 from detente.optim.groups import known_tasks, read_groups, task_names
-from detente.optim.kernels import Moments, alike, real, subtract
-from detente.optim.options import ROLES, check_options
-from detente.optim.parts import (
-    OwnMove,
-    Part,
-    Pass,
-    decay,
-    dense,
+from detente.optim.kernels import (
+    Bundle,
+    Form,
+    Rule,
+    all_finite,
     fresh_moments,
     laid_out,
-    rule_of,
-    shrinkage,
+    largest_entry,
+    norms,
+    subtract,
 )
+from detente.optim.options import ROLES, check_options
 from detente.optim.saved import check_kind, check_moments, fit
-from detente.optim.streams import Asked, altered, streamed
+from detente.optim.streams import (
+    Gradients,
+    Losses,
+    Memory,
+    ProcessGroup,
+    Samples,
+    Share,
+    altered,
+    check_losses,
+    full_precision,
+    read,
+    streamed,
+)
 from detente.values import StepRecord
+
+
+@dataclass
+class Update:
+    """One step under way.
+
+    Attributes:
+        group_of: the group of every parameter.
+        gauge: collects contributions, None if they are not measured.
+        touched: shared parameters some task's moments took a gradient of, each with those tasks.
+        own: task-specific parameters with the sum of their gradients.
+        owner: a task that reached each of them.
+        taken: the tasks whose gradients were taken.
+    """
+
+    group_of: dict[torch.Tensor, dict[str, Any]]
+    gauge: Gauge | None
+    touched: dict[torch.Tensor, list[str]] = field(default_factory=dict)
+    own: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
+    owner: dict[torch.Tensor, str] = field(default_factory=dict)
+    taken: list[str] = field(default_factory=list)
+
+    def groups(self) -> Iterable[tuple[dict[str, Any], list[torch.Tensor]]]:
+        """Give the parameters that move, group by group."""
+        found: dict[int, tuple[dict[str, Any], list[torch.Tensor]]] = {}
+        for parameter in (*self.touched, *self.own):
+            group = self.group_of[parameter]
+            found.setdefault(id(group), (group, []))[1].append(parameter)
+        return found.values()
 
 
 class TaskOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer that is given losses and takes each task's gradient by itself.
 
-    A subclass keeps moments for every task and shared parameter (``_take``, one task's gradient at a time) and moves
-    the shared parameters after the last backward (``_settle``). Task-specific parameters take Adam steps here.
+    A subclass keeps moments for every task and shared parameter (``_take``, one task's gradient at a time) and gives
+    after the last backward what moves them (``_moves``). Task-specific parameters take Adam steps here.
 
     Args:
         shared, task_specific: parameters, modules, or parameter groups.
@@ -83,23 +118,32 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _fresh(self, parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The moments of a task that meets a shared parameter for the first time."""
+        """Make the moments of a task that meets a shared parameter for the first time."""
 
     @abstractmethod
-    def _take(self, name: str, gradients: Gradients, current: Pass) -> None:
-        """Move one task's moments by its gradients of the shared parameters; the parameters stay."""
+    def _take(
+        self, task: str, bundles: Sequence[Bundle], lengths: Mapping[torch.Tensor, float], update: Update
+    ) -> None:
+        """Move one task's moments by its gradients of shared parameters, of these lengths; the parameters stay."""
 
     @abstractmethod
-    def _settle(self, current: Pass) -> None:
-        """Move the shared parameters that were touched, once."""
+    def _moves(
+        self, group: Mapping[str, Any], parameters: Sequence[torch.Tensor], update: Update
+    ) -> list[torch.Tensor]:
+        """Give what is to be added to shared parameters that were touched, as real numbers, weight decay left out."""
+
+    def _form(self, group: Mapping[str, Any]) -> Form:
+        """Name the form of the contributions to shared parameters."""
+        return "adam"
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
-        """See that a group's options are in range; a subclass looks at its own as well."""
+        """Refuse a group's options that are out of range; a subclass looks at its own as well."""
         check_options(options)
 
     # ---- what everybody calls
 
     @torch.no_grad()
+    @full_precision()
     def step(  # type: ignore[override]
         self,
         losses: Losses,
@@ -112,7 +156,8 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
 
         ``.grad`` is neither read nor written; gradients are taken with ``torch.autograd.grad``, so post-accumulate
         hooks do not run. A parameter that no loss reaches is left alone: no update, no weight decay. A task absent
-        from ``losses`` has no part in the step; its moments and counters stay as they are.
+        from ``losses`` has no part in the step; its moments and counters stay as they are. ``torch.autocast`` around
+        the call changes nothing: it is for the forward.
 
         Args:
             losses: scalars with their graph, by task name or in sequence (named "0", "1", …); not scaled by a
@@ -130,8 +175,9 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             ValueError: a loss is not a finite scalar with a graph, a task is unknown, no loss reaches a shared
                 parameter, a parameter has another shape than its moments: nothing was changed. Or a gradient is not
-                finite: parameters and counters are unchanged, and the message says which tasks' moments have already
-                advanced (with ``transform``, none).
+                finite, its square overflows, or the step that follows is not finite: parameters and counters are
+                unchanged, and the message says which tasks' moments have already advanced (with ``transform``, none by
+                a gradient that is not finite).
             TypeError: a closure was given instead of losses.
 
         Example:
@@ -154,53 +200,30 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             [parameter for parameter, group in group_of.items() if group["role"] == role] for role in ROLES
         )
         self._check_moments(group_of)
-        ranks, reduction = ranks_of(process_group), None
-        if ranks is None:
-            names, scalars = named_losses(losses)
-            tasks = known_tasks(self.tasks, names, closed=self._closed)
-            (values,) = to_host([scalars])
-        else:
-            where = Where(None, tuple(shared), tuple(specific), None)
-            with torch.enable_grad():  # this rank's share of each loss keeps its graph
-                ready = prepare(losses, where, self._workspace, ranks, samples=samples, known=self.tasks)
-            names, scalars, reduction = ready.names, ready.losses, ready.reduction
-            tasks = known_tasks(self.tasks, names, closed=self._closed)
-            values = losses_of_all(scalars, reduction)
-        check_losses(names, values)
-        # In the order in which the tasks became known, so that the order of a mapping changes nothing.
-        order = sorted(range(len(names)), key=lambda task: tasks.index(names[task]))
-        asked = Asked(
-            tuple(names[task] for task in order),
-            [scalars[task] for task in order],
-            shared,
-            specific,
-            self._name_of,
-            self._remembers,
-            reduction,
-        )
+        request = read(losses, (shared, specific), self._workspace, process_group, samples, self.tasks)
+        tasks = known_tasks(self.tasks, request.names, closed=self._closed)
+        check_losses(request.names, request.values)
+        request = request.in_order(tasks)
         self.balance = None
-        current = Pass(group_of, Gauge(asked.names, shared, self._name_of) if measure else None)
-        own: dict[torch.Tensor, torch.Tensor] = {}
+        update = Update(group_of, Gauge(request.names, shared, self._name_of) if measure else None)
         record = StepRecord(
-            names=asked.names,
-            losses=tuple(values[order].tolist()),
+            names=request.names,
+            losses=tuple(request.values.tolist()),
             weights=None,
             space="exact" if shared else "none",
         )
-        source = streamed(asked, own)
+        source = streamed(request)
         if self.transform is not None and shared:
-            record, source = altered(asked, self.transform, self._workspace, own)
+            record, source = altered(request, self.transform, self._workspace)
         notes = list(record.notes)
         if record.accepted:
             try:
-                notes += self._advance(source, own, current, held=record.status == "stationary")
+                notes += self._advance(source, update, held=record.status == "stationary")
             except BaseException:
-                self._forget(current)
+                self._forget()
                 raise
-            for state in current.states:
-                state["step"] += 1
             self.tasks = tasks
-            self.balance = None if current.gauge is None else current.gauge.read()
+            self.balance = None if update.gauge is None else update.gauge.read()
         return replace(record, notes=tuple(notes), seconds=time.perf_counter() - started)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -305,100 +328,168 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         super().__setstate__(state)
         self._workspace = Memory()
 
-    # ---- moments and moves
+    # ---- one step
 
-    def _parts(self, gradients: Gradients, current: Pass, task: str | None) -> Iterable[Part]:
-        """One task's gradients beside its moments (those of a task-specific parameter for None), kernel by kernel."""
-        found: dict[tuple[Any, ...], Part] = {}
-        for parameter, gradient in gradients:
-            group = current.group_of[parameter]
-            state = self.state[parameter]
-            if task is not None:
-                state = state.setdefault(task, {})
-                current.touched.setdefault(parameter, []).append(task)
-            if not state:
-                current.born.append((parameter, task))
-                state.update(fresh_moments(parameter) if task is None else self._fresh(parameter, group))
-            square, found_here = real(state["exp_avg_sq"]), dense(gradient)
-            if found_here.shape != square.shape:
-                raise self._misfit(parameter)
-            key = (id(group), state["step"], square.device, square.dtype)
-            part = found.get(key)
-            if part is None:
-                part = found[key] = Part(group, moments=Moments([], [], [], state["step"] + 1))
-            part.parameters.append(parameter)
-            part.states.append(state)
-            part.moments.gradients.append(laid_out(found_here, square))
-            part.moments.exp_avg_sqs.append(square)
-            if "exp_avg" in state:
-                part.moments.exp_avgs.append(real(state["exp_avg"]))
-            current.states.append(state)
-        return found.values()
-
-    def _prepare_own(self, own: dict[torch.Tensor, torch.Tensor], current: Pass) -> list[OwnMove]:
-        """What the task-specific parameters need to move; whatever can fail fails here, before anything moves."""
-        moves = []
-        for part in self._parts(list(own.items()), current, None):
-            # The kernel runs through memory and knows one dtype: a parameter that lies there in another way, or was
-            # cast after its moments were made, is moved by way of zeros beside it.
-            targets = [
-                tensor if alike(tensor, square) else torch.zeros_like(square)
-                for tensor, square in zip(map(real, part.parameters), part.moments.exp_avg_sqs, strict=True)
-            ]
-            moves.append(OwnMove(part, rule_of(part.group, "adam"), shrinkage(part.group), targets))
-        return moves
-
-    def _move_own(self, moves: Iterable[OwnMove]) -> None:
-        """Plain Adam with decoupled weight decay, as torch.optim.AdamW."""
-        for move in moves:
-            parameters = [real(parameter) for parameter in move.part.parameters]
-            decay(parameters, move.shrinkage)
-            subtract(move.rule, move.part.moments, move.targets)
-            for parameter, tensor, target in zip(move.part.parameters, parameters, move.targets, strict=True):
-                if not alike(tensor, target):
-                    tensor.add_(target)
-                # A fused kernel does not tell autograd; a graph that still holds the old values must not be walked.
-                torch.autograd.graph.increment_version(parameter)
-
-    # ---- private
-
-    def _advance(
-        self,
-        source: Iterable[tuple[str, Gradients]],
-        own: dict[torch.Tensor, torch.Tensor],
-        current: Pass,
-        *,
-        held: bool,
-    ) -> list[str]:
+    def _advance(self, source: Iterable[Share], update: Update, *, held: bool) -> list[str]:
         """Take every task's gradients, then move; the notes. ``held``: the shared parameters may stay."""
         notes = []
-        shared = any(group["role"] == ROLES[0] for group in current.group_of.values())
-        for name, gradients in source:
-            if shared and not gradients:
-                notes.append(f"task {name!r} reaches no shared parameter")
-            self._take(name, gradients, current)
-            del gradients  # held here, they would live through the next backward
-        if not current.touched and not held and (shared or not own):
+        shared = any(group["role"] == ROLES[0] for group in update.group_of.values())
+        for task, gradients, own in source:
+            if shared and not gradients and not held:
+                notes.append(f"task {task!r} reaches no shared parameter")
+            lengths = self._lengths(task, [*gradients, *own], update)
+            self._take(task, self._bundles(gradients, task, update), lengths, update)
+            update.owner |= dict.fromkeys((parameter for parameter, _ in own), task)
+            update.taken.append(task)
+            for (
+                parameter,
+                gradient,
+            ) in own:  # not added in place: autograd may hand out one tensor for two inputs
+                before = update.own.get(parameter)
+                update.own[parameter] = gradient if before is None else before + gradient
+            del gradients, own  # held here, they would live through the next backward
+        if not update.touched and not held and (shared or not update.own):
             kind = ROLES[0 if shared else 1]
-            count = sum(group["role"] == kind for group in current.group_of.values())
+            count = sum(group["role"] == kind for group in update.group_of.values())
             raise ValueError(
                 f"no loss reaches any of the {count} {kind} parameters of this optimizer. Are they of another model, "
                 "or was the graph detached? Nothing was changed."
             )
-        moves = self._prepare_own(own, current)
-        self._settle(current)
-        self._move_own(moves)
+        self._move(update)
         return notes
 
-    def _forget(self, current: Pass) -> None:
-        """Drop the moments that a failed step made: they may be of a task whose name was mistyped."""
-        for parameter, task in current.born:
-            if task is None:
-                del self.state[parameter]
+    def _move(self, update: Update) -> None:
+        """Move every parameter, once; whatever can fail fails before the first one moves."""
+        moves = self._own_moves(update)
+        plan = []
+        for group, parameters in update.groups():
+            if group["role"] == ROLES[0]:
+                moves.update(zip(parameters, self._moves(group, parameters, update), strict=True))
+            plan.append((parameters, 1 - float(group["lr"]) * float(group["weight_decay"])))
+        for parameter, fine in zip(moves, all_finite(list(moves.values())), strict=True):
+            if not fine:
+                raise ValueError(
+                    f"the step of {self._name_of(parameter)} is not finite (NaN or Inf). "
+                    f"{self._standing(update.taken)} Look for eps 0, or for one too small for the parameters' dtype."
+                )
+        for parameters, shrinkage in plan:
+            moving = [real(parameter) for parameter in parameters]
+            if shrinkage != 1:
+                torch._foreach_mul_(moving, shrinkage)
+            torch._foreach_add_(moving, [moves[parameter] for parameter in parameters])
+        for parameter, tasks in update.touched.items():
+            for task in tasks:
+                self.state[parameter][task]["step"] += 1
+        for parameter in update.own:
+            self.state[parameter]["step"] += 1
+
+    def _own_moves(self, update: Update) -> dict[torch.Tensor, torch.Tensor]:
+        """Take plain Adam steps with the task-specific parameters, as torch.optim.AdamW without weight decay."""
+        moves: dict[torch.Tensor, torch.Tensor] = {}
+        bundles = self._bundles(update.own.items(), None, update)
+        for bundle in bundles:
+            self._check_range(None, bundle, norms(bundle.gradients), update)
+        for bundle in bundles:
+            zeros = [torch.zeros_like(square) for square in bundle.exp_avg_sqs]
+            subtract(bundle, zeros)
+            moves.update(zip(bundle.parameters, zeros, strict=True))
+        return moves
+
+    def _lengths(self, task: str, gradients: Gradients, update: Update) -> dict[torch.Tensor, float]:
+        """Measure one task's gradients before anything takes them in.
+
+        Raises:
+            ValueError: one is not finite; task and parameter are named.
+        """
+        entries = [real(dense(gradient)) for _, gradient in gradients]
+        lengths = dict(zip((parameter for parameter, _ in gradients), norms(entries), strict=True))
+        for parameter, length in lengths.items():
+            if not math.isfinite(length):
+                raise ValueError(
+                    f"the gradient of task {task!r} is not finite (NaN or Inf), first in {self._name_of(parameter)}. "
+                    f"{self._standing(update.taken)} Look for a division by zero, a logarithm of zero, or a learning "
+                    "rate too high for this task."
+                )
+        return lengths
+
+    def _check_range(
+        self,
+        task: str | None,
+        bundle: Bundle,
+        lengths: Iterable[float],
+        update: Update,
+        ratios: Iterable[float] | None = None,
+    ) -> None:
+        """Refuse gradients, times ``ratios`` where given, whose squares the averages cannot hold."""
+        factors = [1.0] * len(bundle.gradients) if ratios is None else ratios
+        limit = math.sqrt(torch.finfo(bundle.exp_avg_sqs[0].dtype).max)
+        for parameter, gradient, length, factor in zip(
+            bundle.parameters, bundle.gradients, lengths, factors, strict=True
+        ):
+            # No entry is larger than the whole.
+            if length * factor <= limit or float(largest_entry(gradient)) * factor <= limit:
                 continue
-            self.state[parameter].pop(task, None)
-            if not self.state[parameter]:
+            rescaled, whose = (
+                ("", "this") if ratios is None else (", rescaled to the first task's length,", "the first")
+            )
+            name = update.owner[parameter] if task is None else task
+            raise ValueError(
+                f"the gradient of task {name!r}{rescaled} is too large for its square to be held in {gradient.dtype}, "
+                f"first in {self._name_of(parameter)}. {self._standing(update.taken)} Multiply {whose} task's loss by "
+                "a smaller constant, or keep the parameters in a wider type."
+            )
+
+    def _bundles(
+        self, gradients: Iterable[tuple[torch.Tensor, torch.Tensor]], task: str | None, update: Update
+    ) -> list[Bundle]:
+        """Lay one task's gradients beside its moments (those of a task-specific parameter for None), by kernel."""
+        found: dict[tuple[Any, ...], Bundle] = {}
+        for parameter, gradient in gradients:
+            group = update.group_of[parameter]
+            state = self.state[parameter]
+            if task is not None:
+                state = state.setdefault(task, {})
+                update.touched.setdefault(parameter, []).append(task)
+            if not state:
+                state.update(fresh_moments(parameter) if task is None else self._fresh(parameter, group))
+            square, entries = real(state["exp_avg_sq"]), real(dense(gradient))
+            if entries.shape != square.shape:
+                raise self._misfit(parameter)
+            key = (id(group), state["step"], square.device, square.dtype)
+            if key not in found:
+                rule = Rule.of(group, "adam" if task is None else self._form(group))
+                found[key] = Bundle(rule, state["step"] + 1)
+            bundle = found[key]
+            bundle.parameters.append(parameter)
+            bundle.states.append(state)
+            bundle.gradients.append(laid_out(entries, square))
+            bundle.exp_avg_sqs.append(square)
+            if "exp_avg" in state:
+                bundle.exp_avgs.append(real(state["exp_avg"]))
+        return list(found.values())
+
+    def _forget(self) -> None:
+        """Drop the moments that a failed step made: they may be of a task whose name was mistyped."""
+        for parameter, kept in list(self.state.items()):
+            for task in [
+                key for key, value in kept.items() if isinstance(value, dict) and not value.get("step")
+            ]:
+                del kept[task]
+            if not kept.get("step", any(isinstance(value, dict) for value in kept.values())):
                 del self.state[parameter]
+
+    def _standing(self, taken: Sequence[str]) -> str:
+        """Say what a step has changed that fails after the gradients of the tasks ``taken`` were taken in."""
+        before = [
+            repr(task) for task in taken if self._remembers(task)
+        ]  # the moments of others are dropped again
+        if not before:
+            return "Nothing was changed."
+        return (
+            f"Parameters, step counters and the moments of this task are as they were; the moments of "
+            f"task{'s' if len(before) > 1 else ''} {', '.join(before)}, whose backward came first, have already taken "
+            "in their gradient of this step."
+        )
 
     def _remembers(self, task: str) -> bool:
         """Whether a task has moments from earlier steps."""
@@ -408,7 +499,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         return any(task in kept and kept[task]["step"] > 0 for kept in states)
 
     def _check_moments(self, group_of: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
-        """See that parameters still have the shape and device of their moments: kernels do not look."""
+        """Refuse parameters of another shape or device than their moments: kernels do not look."""
         for parameter, group in group_of.items():
             kept = self.state.get(parameter)
             if not kept:

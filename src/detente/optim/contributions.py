@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from detente.autograd.flat import Layout
-from detente.autograd.measure import Taken
+from detente.autograd.entries import real
 from detente.optim.balance import Gauge, TaskBalance
 from detente.optim.groups import read_groups
-from detente.optim.kernels import mean_size, real
+from detente.optim.kernels import Bundle, Rule, contribution_means, mean_size
 from detente.optim.options import number
+from detente.optim.streams import Taken, columns_by_task, full_precision
 
 # The optimizers whose update this room knows how to share out.
 KINDS = (torch.optim.Adam, torch.optim.AdamW)
@@ -95,6 +95,7 @@ class Contributions:
         }
 
     @torch.no_grad()
+    @full_precision()
     def measure(self, taken: Taken, weights: Sequence[float] | torch.Tensor | None) -> TaskBalance:
         """Take in one step's task gradients and measure the update that Adam has just made of them.
 
@@ -128,7 +129,7 @@ class Contributions:
         factors = torch.as_tensor(weights).detach()
         if factors.shape != (len(names),):
             raise ValueError(f"{tuple(factors.shape)} weights for {len(names)} tasks ({', '.join(names)}).")
-        columns = set(taken.graph.columns)
+        columns = columns_by_task(taken)
         moved = [parameter for parameter in self._names if self._steps(parameter) != self._seen[parameter]]
         for parameter in moved:
             made = self._steps(parameter) - self._seen[parameter]
@@ -147,13 +148,13 @@ class Contributions:
                 "the optimizer has moved no parameter since the last call; call its step() first."
             )
         tasks = (*self.tasks, *(name for name in names if name not in self.tasks))
-        # Views of the rows with their weights: weighted one at a time.
-        pieces: dict[torch.Tensor, dict[str, Weighted]] = {parameter: {} for parameter in moved}
-        layout = Layout(taken.graph.columns)
-        for name, row, factor in zip(names, jacobian, factors.tolist(), strict=True):
-            for parameter, piece in zip(taken.graph.columns, layout.split(row), strict=True):
-                if parameter in pieces:
-                    pieces[parameter][name] = real(piece), factor
+        pieces: dict[torch.Tensor, dict[str, Weighted]] = {
+            parameter: {
+                name: (real(columns[parameter][name]), factor)
+                for name, factor in zip(names, factors.tolist(), strict=True)
+            }
+            for parameter in moved
+        }
         groups = [
             (parameter, group)
             for group in self.optimizer.param_groups
@@ -220,10 +221,8 @@ class Contributions:
     ) -> list[torch.Tensor]:
         """Note one tensor's numbers; the lengths of Σ_n m_n less Adam's average, of that average, and of each m_n."""
         state, count = self.optimizer.state[parameter], self._steps(parameter)
-        beta1, beta2 = map(float, group["betas"])
+        rule = Rule.of(group)
         square = real(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])
-        denominator = (square / (1 - beta2**count)).sqrt_().add_(group["eps"])
-        factor = float(group["lr"]) / (1 - beta1**count)
         average = real(state["exp_avg"])
         rest = average.clone() if group.get("maximize") else -average
         lengths = []
@@ -231,14 +230,15 @@ class Contributions:
             given = gradients.get(task)
             if given is not None:
                 gauge.gradient(task, parameter, mean_size(given[0]) * abs(given[1]))
-            moment = self._moment(parameter, task, given, beta1)
+            moment = self._moment(parameter, task, given, rule.beta1)
             if moment is None:
                 lengths.append(rest.new_zeros(()))
                 continue
             rest.add_(moment)
             lengths.append(_length(moment))
-            gauge.contribution(task, parameter, mean_size(moment.div_(denominator)) * factor)
-            del moment  # held here, it would live beside the next one
+            bundle = Bundle(rule, count, exp_avgs=[moment], exp_avg_sqs=[square])
+            gauge.contribution(task, parameter, contribution_means(bundle)[0])
+            del moment, bundle  # held here, it would live beside the next one
         return [_length(rest), _length(average), *lengths]
 
     def _moment(

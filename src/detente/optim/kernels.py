@@ -1,20 +1,20 @@
-"""The arithmetic of one task's update on lists of tensors: moments forward, contribution into a target.
+"""Adam's arithmetic on lists of tensors, the only one there is: averages forward, contribution into a target.
 
 Nothing here knows a task, a loss or an optimizer. Two ways lead to the same numbers up to rounding: torch's fused Adam
 kernel, which reads and writes everything once, and a chain of ``torch._foreach_*`` operations for what it does not
-offer.
+offer. (``geometry.adam`` moves the few numbers that a method learns, in numpy and with a count for every entry.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from detente.autograd.host import to_host
+from detente.autograd.numbers import to_host
 
 Form = Literal["adam", "none", "paper", "sgd"]
 
@@ -26,7 +26,7 @@ _FUSED_TYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.fl
 
 @dataclass(frozen=True)
 class Rule:
-    """How a gradient becomes a contribution, with m and v the running averages of g and g² and t their count.
+    """Tell how a gradient becomes a contribution, with m and v the running averages of g and g² and t their count.
 
     Attributes:
         form: ``adam``: lr · m̂ / (√v̂ + eps) with m̂ = m / (1 - β1^t), v̂ = v / (1 - β2^t); ``none``: the same with
@@ -36,42 +36,95 @@ class Rule:
         eps: ε.
     """
 
-    form: Form
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
+    form: Form = "adam"
+    lr: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], form: Form = "adam") -> Rule:
+        """Read the numbers of a parameter group, as they are now: schedulers change them."""
+        beta1, beta2 = group["betas"]
+        return cls(form, float(group["lr"]), float(beta1), float(beta2), float(group["eps"]))
+
+    def factor(self, count: int) -> float:
+        """Give what multiplies the quotient of numerator and denominator after ``count`` gradients.
+
+        Example:
+            >>> Rule(lr=0.1, beta1=0.5).factor(1)
+            0.2
+        """
+        correction1, correction2 = 1 - self.beta1**count, 1 - self.beta2**count
+        scale = {"adam": 1 / correction1, "none": 1.0, "paper": correction2 / correction1, "sgd": 1.0}
+        return self.lr * scale[self.form]
+
+    def denominators(self, squares: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+        """Give new tensors with √v̂ + ε, or with √(v + ε), for averages of ``count`` squares.
+
+        Example:
+            >>> Rule(eps=1.0, beta2=0.75).denominators([torch.tensor([1.0])], 1)
+            [tensor([3.])]
+        """
+        squares = list(squares)
+        if self.form in ("paper", "sgd"):
+            found = list(torch._foreach_add(squares, self.eps))
+            torch._foreach_sqrt_(found)
+            return found
+        found = list(torch._foreach_sqrt(squares))
+        if self.form == "adam":
+            torch._foreach_div_(found, (1 - self.beta2**count) ** 0.5)
+        torch._foreach_add_(found, self.eps)
+        return found
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Tensors of one group that have seen the same number of gradients, all real and laid out alike, one to one.
+class Bundle:
+    """Tensors that go through a kernel together: of one rule and count, one device and dtype, one to one.
 
     Attributes:
-        gradients: of this step.
+        rule: what becomes of the gradients.
+        count: gradients in the averages, this step's included.
+        gradients: of this step; these and the averages are real and laid out alike.
         exp_avgs: running averages of the gradients; empty where the form keeps none.
         exp_avg_sqs: running averages of their squares.
-        count: gradients in the averages, this step's included.
+        parameters: as the caller knows them.
+        states: where their averages are kept.
     """
 
-    gradients: list[torch.Tensor]
-    exp_avgs: list[torch.Tensor]
-    exp_avg_sqs: list[torch.Tensor]
+    rule: Rule
     count: int
+    gradients: list[torch.Tensor] = field(default_factory=list)
+    exp_avgs: list[torch.Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
+    parameters: list[torch.Tensor] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
 
 
-def real(tensor: torch.Tensor) -> torch.Tensor:
-    """The entries as real numbers; a complex tensor becomes a view with pairs in its last axis.
+def fresh_moments(parameter: torch.Tensor) -> dict[str, Any]:
+    """Make zero averages in the parameter's layout; the counter is a plain number.
 
     Example:
-        >>> real(torch.tensor([1 + 2j])).tolist()
-        [[1.0, 2.0]]
+        >>> fresh_moments(torch.ones(2))
+        {'step': 0, 'exp_avg': tensor([0., 0.]), 'exp_avg_sq': tensor([0., 0.])}
     """
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def laid_out(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Lay a dense gradient out like a tensor of its shape; autograd may hand out any strides, expanded ones included.
+
+    Example:
+        >>> laid_out(torch.ones(()).expand(2, 2), torch.zeros(2, 2)).stride()
+        (2, 1)
+    """
+    if gradient.stride() == like.stride() and gradient.dtype == like.dtype:
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """True if a kernel may walk through the memory of both side by side.
+    """Tell whether a kernel may walk through the memory of both side by side.
 
     Example:
         >>> alike(torch.zeros(2, 3), torch.zeros(3, 2).t())
@@ -85,35 +138,34 @@ def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def can_fuse(tensor: torch.Tensor) -> bool:
-    """True if torch's fused kernel takes such a tensor."""
+    """Tell whether torch's fused kernel takes such a tensor."""
     return tensor.device.type in _FUSED_DEVICES and tensor.dtype in _FUSED_TYPES
 
 
-def subtract(rule: Rule, moments: Moments, targets: list[torch.Tensor]) -> None:
+def subtract(bundle: Bundle, targets: list[torch.Tensor]) -> None:
     """Move the averages by this step's gradients and subtract the contribution from the targets, in place.
 
     Args:
-        rule: the form and its numbers.
-        moments: gradients and averages, all on one device and of one dtype.
+        bundle: rule, gradients and averages.
         targets: laid out like the averages: the fused kernel runs through memory and looks at no strides.
 
     Example:
-        >>> rule = Rule("adam", lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8)
         >>> target, zero = torch.zeros(2), torch.zeros(2)
-        >>> subtract(rule, Moments([torch.tensor([3.0, -4.0])], [zero], [zero.clone()], 1), [target])
+        >>> subtract(Bundle(Rule(lr=0.1), 1, [torch.tensor([3.0, -4.0])], [zero], [zero.clone()]), [target])
         >>> target
         tensor([-0.1000,  0.1000])
     """
     if not targets:
         return
+    rule = bundle.rule
     if rule.form == "adam" and can_fuse(targets[0]):
         # Filled on the device, so that nothing waits; the kernel reads one count for each tensor.
-        count = torch.full((), float(moments.count), dtype=torch.float32, device=targets[0].device)
+        count = torch.full((), float(bundle.count), dtype=torch.float32, device=targets[0].device)
         torch._fused_adam_(
             targets,
-            moments.gradients,
-            moments.exp_avgs,
-            moments.exp_avg_sqs,
+            bundle.gradients,
+            bundle.exp_avgs,
+            bundle.exp_avg_sqs,
             [],
             [count] * len(targets),
             lr=rule.lr,
@@ -127,47 +179,48 @@ def subtract(rule: Rule, moments: Moments, targets: list[torch.Tensor]) -> None:
             found_inf=None,
         )
         return
-    advance(rule, moments)
-    for few, numerators, denominators, factor in _quotients(rule, moments):
-        torch._foreach_addcdiv_(targets[few], numerators, denominators, -factor)
+    advance(bundle)
+    for few, numerators, denominators in _quotients(bundle):
+        torch._foreach_addcdiv_(targets[few], numerators, denominators, -rule.factor(bundle.count))
         del denominators  # held here, they would live beside the next ones
 
 
-def advance(rule: Rule, moments: Moments) -> None:
+def advance(bundle: Bundle) -> None:
     """Move the averages by this step's gradients, in place.
 
     Example:
-        >>> rule = Rule("adam", lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
         >>> square = torch.zeros(1)
-        >>> advance(rule, Moments([torch.tensor([3.0])], [torch.zeros(1)], [square], 1))
+        >>> advance(Bundle(Rule(beta2=0.99), 1, [torch.tensor([3.0])], [torch.zeros(1)], [square]))
         >>> square
         tensor([0.0900])
     """
-    if moments.exp_avgs:
-        torch._foreach_lerp_(moments.exp_avgs, moments.gradients, 1 - rule.beta1)
-    torch._foreach_mul_(moments.exp_avg_sqs, rule.beta2)
-    torch._foreach_addcmul_(moments.exp_avg_sqs, moments.gradients, moments.gradients, 1 - rule.beta2)
+    gradients, rule = bundle.gradients, bundle.rule
+    if bundle.exp_avgs:
+        torch._foreach_lerp_(bundle.exp_avgs, gradients, 1 - rule.beta1)
+    torch._foreach_mul_(bundle.exp_avg_sqs, rule.beta2)
+    torch._foreach_addcmul_(bundle.exp_avg_sqs, gradients, gradients, 1 - rule.beta2)
 
 
-def contribution_means(rule: Rule, moments: Moments) -> list[torch.Tensor]:
-    """For each tensor the mean absolute contribution, from averages that have been moved; on the device.
+def contribution_means(bundle: Bundle) -> list[torch.Tensor]:
+    """Give for each tensor the mean absolute contribution, from averages that have been moved; on the device.
 
     Example:
-        >>> rule = Rule("none", lr=0.1, beta1=0.9, beta2=0.99, eps=0.0)
-        >>> contribution_means(rule, Moments([], [torch.tensor([2.0, -4.0])], [torch.tensor([4.0, 4.0])], 1))
+        >>> moments = {"exp_avgs": [torch.tensor([2.0, -4.0])], "exp_avg_sqs": [torch.tensor([4.0, 4.0])]}
+        >>> contribution_means(Bundle(Rule("none", lr=0.1, eps=0.0), 1, **moments))
         [tensor(0.1500)]
     """
     found: list[torch.Tensor] = []
-    for _, numerators, denominators, factor in _quotients(rule, moments):
+    for _, numerators, denominators in _quotients(bundle):
         for numerator, denominator in zip(numerators, denominators, strict=True):
-            found.append(mean_size(torch.div(numerator, denominator, out=denominator)) * abs(factor))
-            del denominator
+            quotient = torch.div(numerator, denominator, out=denominator)
+            found.append(mean_size(quotient) * abs(bundle.rule.factor(bundle.count)))
+            del denominator, quotient
         del denominators
     return found
 
 
 def mean_size(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean absolute value of a real tensor as a scalar on its device; 0 for an empty one.
+    """Give the mean absolute value of a real tensor as a scalar on its device; 0 for an empty one.
 
     Example:
         >>> mean_size(torch.tensor([1.0, -3.0]))
@@ -179,7 +232,9 @@ def mean_size(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
-    """Euclidean lengths of real tensors with finite entries, on the host, in one copy unless one is doubtful.
+    """Give the Euclidean lengths of real tensors, on the host, in one copy unless one is doubtful.
+
+    A length is finite exactly if every entry is.
 
     In single precision the squares of entries beyond 1e19 overflow and those below 1e-19 vanish; tensors with such a
     length are divided by their largest entry first.
@@ -206,8 +261,24 @@ def norms(tensors: Sequence[torch.Tensor]) -> list[float]:
     return lengths
 
 
+def all_finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Tell for each real tensor whether every entry is finite, in one copy to the host unless one is doubtful.
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")]), torch.tensor([3e38])])
+        [True, False, True]
+    """
+    if not tensors:
+        return []
+    (lengths,) = to_host([_norms(tensors)])
+    return [
+        math.isfinite(length) or bool(torch.isfinite(tensor).all())
+        for tensor, length in zip(tensors, lengths.tolist(), strict=True)
+    ]
+
+
 def largest_entry(tensor: torch.Tensor) -> torch.Tensor:
-    """The largest absolute entry of a real tensor as a scalar on its device; 0 for an empty one.
+    """Give the largest absolute entry of a real tensor as a scalar on its device; 0 for an empty one.
 
     Example:
         >>> largest_entry(torch.tensor([1.0, -3.0]))
@@ -220,7 +291,7 @@ def largest_entry(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """``factor`` times a real tensor, also where the factor alone is out of its dtype's range.
+    """Multiply a real tensor by a factor, also where the factor alone is out of its dtype's range.
 
     Example:
         >>> scaled(torch.tensor([1e-30]), 1e40)
@@ -248,29 +319,12 @@ def _trusted(tensor: torch.Tensor) -> float:
     return math.sqrt(limits.tiny / limits.eps)
 
 
-def _quotients(
-    rule: Rule, moments: Moments
-) -> Iterator[tuple[slice, list[torch.Tensor], list[torch.Tensor], float]]:
-    """A few tensors at a time: which, numerators, denominators, and the factor of their quotient."""
-    numerators = moments.gradients if rule.form == "sgd" else moments.exp_avgs
-    correction1, correction2 = 1 - rule.beta1**moments.count, 1 - rule.beta2**moments.count
-    for few in _groups(moments.exp_avg_sqs):
-        squares = moments.exp_avg_sqs[few]
-        if rule.form in ("paper", "sgd"):
-            denominators = list(torch._foreach_add(squares, rule.eps))
-            torch._foreach_sqrt_(denominators)
-        else:
-            denominators = list(torch._foreach_sqrt(squares))
-            if rule.form == "adam":
-                torch._foreach_div_(denominators, correction2**0.5)
-            torch._foreach_add_(denominators, rule.eps)
-        factor = {
-            "adam": rule.lr / correction1,
-            "none": rule.lr,
-            "paper": rule.lr * correction2 / correction1,
-            "sgd": rule.lr,
-        }[rule.form]
-        yield few, numerators[few], denominators, factor
+def _quotients(bundle: Bundle) -> Iterator[tuple[slice, list[torch.Tensor], list[torch.Tensor]]]:
+    """Give a few tensors at a time: which, numerators, denominators."""
+    numerators = bundle.gradients if bundle.rule.form == "sgd" else bundle.exp_avgs
+    for few in _groups(bundle.exp_avg_sqs):
+        denominators = bundle.rule.denominators(bundle.exp_avg_sqs[few], bundle.count)
+        yield few, numerators[few], denominators
         del denominators
 
 

@@ -7,12 +7,18 @@ from typing import Any, ClassVar, Literal, cast, final
 
 import torch
 
-from detente.autograd.flat import Gradients
 from detente.methods import Method
 from detente.methods.arguments import one_of
-from detente.optim.base import TaskOptimizer
-from detente.optim.kernels import Form, alike, contribution_means, mean_size, real, subtract
-from detente.optim.parts import Part, Pass, decay, fresh_moments, rule_of, shrinkage
+from detente.optim.base import TaskOptimizer, Update
+from detente.optim.kernels import (
+    Bundle,
+    Form,
+    alike,
+    contribution_means,
+    fresh_moments,
+    mean_size,
+    subtract,
+)
 
 
 @final
@@ -128,45 +134,43 @@ class MAO(TaskOptimizer):
             del moments["exp_avg"]
         return moments
 
-    def _take(self, name: str, gradients: Gradients, current: Pass) -> None:
-        seen = set(current.touched)
-        for part in self._parts(gradients, current, name):
-            rule = rule_of(part.group, _form(part.group))
-            if current.gauge is not None:
-                for layer, gradient in zip(part.parameters, part.moments.gradients, strict=True):
-                    current.gauge.gradient(name, layer, mean_size(gradient))
-            subtract(rule, part.moments, self._targets(part, seen))
-            if current.gauge is not None:
-                means = contribution_means(rule, part.moments)
-                for layer, mean in zip(part.parameters, means, strict=True):
-                    current.gauge.contribution(name, layer, mean)
+    def _form(self, group: Mapping[str, Any]) -> Form:
+        return "sgd" if group["variant"] == "sgd" else cast(Form, group["bias_correction"])
 
-    def _settle(self, current: Pass) -> None:
-        for group, parameters in current.groups():
-            moving = [real(parameter) for parameter in parameters]
-            decay(moving, shrinkage(group))
-            torch._foreach_add_(moving, [self._updates[parameter] for parameter in parameters])
+    def _take(
+        self, task: str, bundles: Sequence[Bundle], lengths: Mapping[torch.Tensor, float], update: Update
+    ) -> None:
+        for bundle in bundles:  # nothing has moved before
+            self._check_range(task, bundle, [lengths[layer] for layer in bundle.parameters], update)
+        for bundle in bundles:
+            subtract(bundle, self._targets(bundle, update))
+            if update.gauge is not None:
+                means = contribution_means(bundle)
+                for layer, gradient, mean in zip(bundle.parameters, bundle.gradients, means, strict=True):
+                    update.gauge.gradient(task, layer, mean_size(gradient))
+                    update.gauge.contribution(task, layer, mean)
 
-    def _targets(self, part: Part, seen: set[torch.Tensor]) -> list[torch.Tensor]:
-        """The update under way, for each parameter laid out like its moments; zero for those not ``seen`` before.
+    def _moves(
+        self, group: Mapping[str, Any], parameters: Sequence[torch.Tensor], update: Update
+    ) -> list[torch.Tensor]:
+        return [self._updates[parameter] for parameter in parameters]
+
+    def _targets(self, bundle: Bundle, update: Update) -> list[torch.Tensor]:
+        """Give the update under way, for each parameter laid out like its moments; zero where no task came before.
 
         Its memory is kept from step to step: P fresh numbers are slow to get from the system.
         """
         targets, again = [], []
-        for parameter, square in zip(part.parameters, part.moments.exp_avg_sqs, strict=True):
-            update = self._updates.get(parameter)
-            if update is None or not alike(update, square):
+        for parameter, square in zip(bundle.parameters, bundle.exp_avg_sqs, strict=True):
+            target, first = self._updates.get(parameter), len(update.touched[parameter]) == 1
+            if target is None or not alike(target, square):
                 fresh = torch.zeros_like(square)
-                if update is not None and parameter in seen:
-                    fresh.copy_(update)  # the moments of a task before are of another dtype
-                update = self._updates[parameter] = fresh
-            elif parameter not in seen:
-                again.append(update)
-            targets.append(update)
+                if target is not None and not first:
+                    fresh.copy_(target)  # the moments of a task before are of another dtype
+                target = self._updates[parameter] = fresh
+            elif first:
+                again.append(target)
+            targets.append(target)
         if again:
             torch._foreach_zero_(again)
         return targets
-
-
-def _form(group: Mapping[str, Any]) -> Form:
-    return "sgd" if group["variant"] == "sgd" else cast(Form, group["bias_correction"])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
 
-from detente.autograd.flat import Gradients
-from detente.autograd.host import to_host
-from detente.optim.base import TaskOptimizer
-from detente.optim.kernels import largest_entry, mean_size, norms, real, scaled
+from detente.autograd.entries import real
+from detente.optim.base import TaskOptimizer, Update
+from detente.optim.kernels import Bundle, Rule, advance, fresh_moments, mean_size, scaled
 from detente.optim.options import number
-from detente.optim.parts import Pass, decay, fresh_moments, shrinkage
-from detente.optim.streams import standing
 
 
 @final
@@ -37,8 +33,8 @@ class MTAdam(TaskOptimizer):
     A gradient whose rescaled square its moments cannot hold is an error that names task and parameter; norms and their
     ratios are kept as float64 numbers on the host.
 
-    Cost: as :class:`MAO`, without the update of P numbers; a second wait for the device in every backward, for the
-    norms; a copy of the largest tensor, and another while contributions are measured or counts of steps differ.
+    Cost: as :class:`MAO`; the update of P numbers is held only after the last backward, where no gradient is, and
+    beside it two copies of the largest tensor.
 
     Args:
         shared, task_specific, lr, betas, eps, weight_decay: as for :class:`MAO`.
@@ -85,94 +81,56 @@ class MTAdam(TaskOptimizer):
         # A plain number: a tensor would be cast to the parameter's dtype by torch when a state is loaded.
         return {**fresh_moments(parameter), "norm": 0.0}
 
-    def _take(self, name: str, gradients: Gradients, current: Pass) -> None:
-        parts = list(self._parts(gradients, current, name))
-        lengths = iter(norms([gradient for part in parts for gradient in part.moments.gradients]))
-        plan = []
-        for part in parts:
-            beta = float(part.group["norm_beta"])
-            for place, state in enumerate(part.states):
-                length = next(lengths)
-                norm = beta * state["norm"] + (1 - beta) * length
-                ratio = self._ratio(part.parameters[place], name, norm, current)
-                self._check_range(
-                    part.parameters[place], part.moments.gradients[place], length, ratio, name, current
+    def _take(
+        self, task: str, bundles: Sequence[Bundle], lengths: Mapping[torch.Tensor, float], update: Update
+    ) -> None:
+        norms, ratios = {}, {}
+        for bundle in bundles:  # nothing has moved before
+            of_bundle = [lengths[layer] for layer in bundle.parameters]
+            for layer, state, length in zip(bundle.parameters, bundle.states, of_bundle, strict=True):
+                beta = float(update.group_of[layer]["norm_beta"])
+                norms[layer] = beta * state["norm"] + (1 - beta) * length
+                ratios[layer] = self._ratio(layer, task, norms[layer], update)
+            self._check_range(task, bundle, of_bundle, update, [ratios[layer] for layer in bundle.parameters])
+        for bundle in bundles:
+            averages = zip(bundle.exp_avgs, bundle.exp_avg_sqs, strict=True)
+            for layer, state, gradient, (mean, square) in zip(
+                bundle.parameters, bundle.states, bundle.gradients, averages, strict=True
+            ):
+                state["norm"] = norms[layer]
+                advance(
+                    Bundle(bundle.rule, bundle.count, [scaled(gradient, ratios[layer])], [mean], [square])
                 )
-                plan.append((part, place, norm, ratio))
-        for part, place, norm, ratio in plan:  # nothing has moved before
-            beta1, beta2 = part.group["betas"]
-            moments, gradient = part.moments, part.moments.gradients[place]
-            part.states[place]["norm"] = norm
-            rescaled = scaled(gradient, ratio)
-            moments.exp_avgs[place].lerp_(rescaled, 1 - beta1)
-            moments.exp_avg_sqs[place].mul_(beta2).addcmul_(rescaled, rescaled, value=1 - beta2)
-            del rescaled  # held here, it would live beside the next one
-            if current.gauge is not None:
-                current.gauge.gradient(name, part.parameters[place], mean_size(gradient))
+                if update.gauge is not None:
+                    update.gauge.gradient(task, layer, mean_size(gradient))
 
-    def _settle(self, current: Pass) -> None:
-        for group, parameters in current.groups():
-            decay([real(parameter) for parameter in parameters], shrinkage(group))
-            for parameter in parameters:
-                self._move(parameter, group, current)
+    def _moves(
+        self, group: Mapping[str, Any], parameters: Sequence[torch.Tensor], update: Update
+    ) -> list[torch.Tensor]:
+        return [self._move_of(parameter, Rule.of(group), update) for parameter in parameters]
 
-    def _move(self, parameter: torch.Tensor, group: Mapping[str, Any], current: Pass) -> None:
-        tasks, (beta1, beta2) = current.touched[parameter], group["betas"]
+    def _move_of(self, parameter: torch.Tensor, rule: Rule, update: Update) -> torch.Tensor:
+        tasks = update.touched[parameter]
         states = [self.state[parameter][task] for task in tasks]
-        denominator = _largest(states, beta2).sqrt_().add_(group["eps"])
-        moving = real(parameter)
+        (denominator,) = rule.denominators([real(states[0]["exp_avg_sq"])], states[0]["step"] + 1)
+        for state in states[1:]:
+            (other,) = rule.denominators([real(state["exp_avg_sq"])], state["step"] + 1)
+            torch.maximum(denominator, other, out=denominator)
+            del other
+        move = torch.zeros_like(denominator)
         for task, state in zip(tasks, states, strict=True):
-            factor = float(group["lr"]) / (1 - beta1 ** (state["step"] + 1))
-            average = real(state["exp_avg"])
-            moving.addcdiv_(average, denominator, value=-factor)
-            if current.gauge is not None:
-                current.gauge.contribution(task, parameter, mean_size(average / denominator) * factor)
+            factor, average = rule.factor(state["step"] + 1), real(state["exp_avg"])
+            move.addcdiv_(average, denominator, value=-factor)
+            if update.gauge is not None:
+                update.gauge.contribution(task, parameter, mean_size(average / denominator) * factor)
+        return move
 
-    def _ratio(self, parameter: torch.Tensor, name: str, mine: float, current: Pass) -> float:
-        """The anchor's average norm over this task's (``mine``, not corrected), 0 where this task's is 0."""
-        kept, touched = self.state[parameter], current.touched[parameter]
+    def _ratio(self, parameter: torch.Tensor, name: str, mine: float, update: Update) -> float:
+        """Divide the anchor's average norm by this task's (``mine``, not corrected); 0 where this task's is 0."""
+        kept, touched = self.state[parameter], update.touched[parameter]
         anchor = next(task for task in (*(self.tasks or ()), *touched) if task in kept)
         if anchor == name or mine == 0:
             return float(mine > 0)
-        beta = float(current.group_of[parameter]["norm_beta"])
+        beta = float(update.group_of[parameter]["norm_beta"])
         theirs = kept[anchor]["norm"] / (1 - beta ** (kept[anchor]["step"] + (anchor in touched)))
         return float(theirs / (mine / (1 - beta ** (kept[name]["step"] + 1))))
-
-    def _check_range(
-        self,
-        parameter: torch.Tensor,
-        gradient: torch.Tensor,
-        length: float,
-        ratio: float,
-        name: str,
-        current: Pass,
-    ) -> None:
-        """See that the moments can hold the rescaled gradient and its square."""
-        limit = math.sqrt(torch.finfo(gradient.dtype).max)
-        if length * ratio <= limit:
-            return  # no entry is larger than the whole
-        (largest,) = to_host([largest_entry(gradient)])
-        if float(largest) * ratio <= limit:
-            return
-        taken = dict.fromkeys(task for tasks in current.touched.values() for task in tasks if task != name)
-        raise ValueError(
-            f"the gradient of task {name!r}, rescaled to the length of the first task's, is too large for its square "
-            f"to be held in {gradient.dtype}, first in {self._name_of(parameter)}. "
-            f"{standing(list(taken), self._remembers)} Multiply the first task's loss by a smaller constant, or keep "
-            "the parameters in a wider type."
-        )
-
-
-def _largest(states: Sequence[Mapping[str, Any]], beta2: float) -> torch.Tensor:
-    """A new tensor with the largest corrected average of squares; another beside it only where counts differ."""
-    largest: torch.Tensor | None = None
-    for count in sorted({state["step"] for state in states}):
-        squares = [real(state["exp_avg_sq"]) for state in states if state["step"] == count]
-        square = squares[0].clone()
-        for other in squares[1:]:
-            torch.maximum(square, other, out=square)
-        square.div_(1 - beta2 ** (count + 1))
-        largest = square if largest is None else torch.maximum(largest, square, out=largest)
-        del square
-    assert largest is not None
-    return largest

@@ -1,149 +1,220 @@
-"""Task gradients for an optimizer: one task after the other, or altered by a method, which needs all at once."""
+"""Task gradients for an optimizer: one task after the other, or altered by a method, which needs all at once.
+
+All that this package uses of the engine is named here, and nowhere else in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from detente.autograd.exact import exact_pass
-from detente.autograd.flat import Gradients, Layout, finite, gradients_of, present, probes
-from detente.autograd.host import to_host
-from detente.autograd.measure import measure_gradients
-from detente.autograd.partition import Memory, Partition
-from detente.autograd.reduction import Reduction
-from detente.autograd.rows import SummedRows
-from detente.autograd.where import Where
+from detente.autograd.engine import Taken, full_precision, task_gradients
+from detente.autograd.layout import Gradients, Layout, gradients_of, present
+from detente.autograd.losses import Losses
+from detente.autograd.numbers import check_losses, to_host
+from detente.autograd.ranks import ProcessGroup, ranks_of
+from detente.autograd.reduction import Reduction, Samples, losses_of_all
+from detente.autograd.roles import Memory, Named, find_roles
+from detente.autograd.step import Request, Step, named_losses, prepare
 from detente.methods import Method
-from detente.step import record_of, undone_on_failure
+from detente.step import decide, record_of, undone_on_failure
 from detente.values import StepRecord
+
+__all__ = [
+    "Gradients",
+    "Losses",
+    "Memory",
+    "ProcessGroup",
+    "Samples",
+    "Share",
+    "Taken",
+    "TaskLosses",
+    "altered",
+    "check_losses",
+    "columns_by_task",
+    "full_precision",
+    "read",
+    "streamed",
+]
 
 # Methods known to give a transform; a test holds the list against the registry.
 ALTERING = ("aligned-mtl", "gradvac", "pcgrad", "upgrad")
 
+Share = tuple[str, Gradients, Gradients]
+"""A task with its gradients of shared parameters, and those of task-specific ones."""
+
 
 @dataclass(frozen=True)
-class Asked:
-    """The gradients an optimizer asks for in one step.
+class TaskLosses:
+    """Hold the losses of a step, and the parameters that an optimizer asks their gradients of.
 
     Attributes:
         names: T tasks, in the order in which their backwards run.
-        losses: T finite scalars with their graph.
+        losses: T scalars with their graph.
+        values: [T] their values, on several processes those of the whole batch.
         shared, specific: parameters by their role.
-        name_of: gives a parameter's name, for messages.
-        remembers: whether a task has moments from earlier steps, for messages.
         reduction: on several processes, what makes the whole of the ranks' parts.
     """
 
     names: tuple[str, ...]
     losses: Sequence[torch.Tensor]
+    values: np.ndarray
     shared: Sequence[torch.Tensor]
     specific: Sequence[torch.Tensor]
-    name_of: Callable[[torch.Tensor], str]
-    remembers: Callable[[str], bool]
     reduction: Reduction | None = None
 
+    def in_order(self, tasks: Sequence[str]) -> TaskLosses:
+        """Let the backwards run in the order in which the tasks became known, whatever that of a mapping."""
+        order = sorted(range(len(self.names)), key=lambda task: tasks.index(self.names[task]))
+        names = tuple(self.names[task] for task in order)
+        return replace(
+            self, names=names, losses=[self.losses[task] for task in order], values=self.values[order]
+        )
 
-def streamed(asked: Asked, own: dict[torch.Tensor, torch.Tensor]) -> Iterator[tuple[str, Gradients]]:
-    """Task by task the gradients of the shared parameters; each is let go before the next backward.
+
+def read(
+    losses: Losses,
+    roles: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
+    workspace: Memory,
+    process_group: ProcessGroup,
+    samples: Samples,
+    known: Sequence[str] | None,
+) -> TaskLosses:
+    """Read the losses of a step, once, and on several processes the other ranks' as well.
 
     Args:
-        asked: what to take.
-        own: filled with the gradients of task-specific parameters, those of several tasks added up.
+        losses: as a caller gave them.
+        roles: shared parameters, and task-specific ones.
+        workspace: lends memory.
+        process_group, samples: as for :func:`detente.backward`.
+        known: the tasks so far; a rank may lack some of them.
 
     Raises:
-        ValueError: a gradient is not finite; task and parameter are named, and the tasks whose gradients were handed
-            out before.
+        ValueError: a loss is no scalar with a graph, or the ranks do not fit.
     """
-    inputs, last = [*asked.shared, *asked.specific], len(asked.names) - 1
-    for place, (name, loss) in enumerate(zip(asked.names, asked.losses, strict=True)):
+    shared, specific = roles
+    ranks = ranks_of(process_group)
+    if ranks is None:
+        names, scalars = named_losses(losses)
+        (values,) = to_host([scalars])
+        return TaskLosses(tuple(names), scalars, values, shared, specific)
+    named = Named(shared=tuple(shared), task_specific=tuple(specific))
+    wanted = Request(named, samples=samples, process_group=process_group)
+    with torch.enable_grad():  # this rank's share of each loss keeps its graph
+        ready = prepare(losses, wanted, workspace, known)
+    values = losses_of_all(ready.losses, ready.reduction)
+    return TaskLosses(tuple(ready.names), ready.losses, values, shared, specific, ready.reduction)
+
+
+def streamed(request: TaskLosses) -> Iterator[Share]:
+    """Take one task's gradients after the other; each is let go before the next backward."""
+    inputs, last = [*request.shared, *request.specific], len(request.names) - 1
+    for place, (name, loss) in enumerate(zip(request.names, request.losses, strict=True)):
         found = gradients_of([loss], inputs, None, retain_graph=place < last)
-        if asked.reduction is not None:
-            found = _summed(inputs, found, asked.reduction)
-        _check(asked, place, present(inputs, found))
-        # Never added in place: autograd may hand out one tensor for two inputs.
-        for parameter, gradient in present(asked.specific, found[len(asked.shared) :]):
-            own[parameter] = own[parameter] + gradient if parameter in own else gradient
-        pairs = present(asked.shared, found[: len(asked.shared)])
+        if request.reduction is not None:
+            found = _summed(inputs, found, request.reduction)
+        count = len(request.shared)
+        share = (name, present(request.shared, found[:count]), present(request.specific, found[count:]))
         del found
-        yield name, pairs
-        del pairs  # its memory serves the next task's gradients
+        yield share
+        del share  # its memory serves the next task's gradients
 
 
-def altered(
-    asked: Asked, method: Method, workspace: Memory, own: dict[torch.Tensor, torch.Tensor]
-) -> tuple[StepRecord, Iterator[tuple[str, Gradients]]]:
-    """The record of what a method makes of the task gradients, and task by task the altered ones.
+def altered(request: TaskLosses, method: Method, workspace: Memory) -> tuple[StepRecord, Iterator[Share]]:
+    """Let a method alter the task gradients: its record, and task by task the altered ones.
 
     A step it refuses has no gradients at all, and a stationary one without a transform none of the shared parameters.
-    The matrix [T, P] of all task gradients is held, and one altered row at a time.
+    The matrix [T, P] of all task gradients is held, and one altered row at a time. The method has no say in the
+    gradients of task-specific parameters.
 
     Args:
-        asked: what to take.
+        request: what to take.
         method: gives a transform [T, T].
         workspace: lends the matrix.
-        own: filled as by :func:`streamed`; the method has no say in them.
 
     Raises:
         ValueError: a gradient is not finite, no loss reaches a shared parameter, or the method rejects the input or
             gives no transform. The method's state is then as it was.
     """
-    where = Where(None, tuple(asked.shared), tuple(asked.specific), None)
-    parts = where.plan(asked.names, asked.losses, workspace)
-    assert isinstance(parts, Partition), "there is no representation here"
-    reduction, rows_here = asked.reduction, None
-    if reduction is not None:
-        rows_here = SummedRows(Layout(parts.shared), len(asked.names), workspace, reduction.ranks)
-    graph = exact_pass(asked.losses, parts, workspace, retain_graph=False, rows=rows_here)
-    masks = parts.reached
-    if reduction is not None:
-        graph.reduction = reduction
-        graph.reached = graph.touched | {tensor for task in graph.own for tensor, _ in task}
-        masks = _masks_of_all(masks, len(asked.names), reduction)
-    taken = measure_gradients(asked.names, graph, blocks="blocks" in method.needs_now())
-    assert taken.gradients.gramian is not None
+    step = _step(request, method, workspace)
+    taken = task_gradients(step)
+    assert taken is not None, "find_roles() refuses losses that reach no shared parameter"
+    gramian, jacobian = taken.gradients.gramian, taken.gradients.jacobian
+    assert gramian is not None and jacobian is not None
     with undone_on_failure(method):
-        combination = method.combine(taken.gradients)
+        combination = decide(method, taken)
         transform = combination.transform
-        # Something else than the gradients, a guard, may keep the shared parameters where they are.
-        held = transform is None and combination.status == "stationary" and taken.gradients.gramian.any()
-        if transform is None and combination.accepted and not held:
-            if taken.gradients.gramian.any():
-                raise ValueError(
-                    f"transform={method.declares.name} gives no altered gradient for each task in this step; it "
-                    f"combines them in another way. Methods that do: {', '.join(ALTERING)} (with their default "
-                    "options), or leave transform= out. Nothing was changed."
-                )
-            transform = torch.eye(len(asked.names), dtype=torch.float64)  # of zeros there is nothing to alter
-    record = replace(record_of(taken.gradients, combination), weights=None)
+        if transform is None and combination.status == "ok" and gramian.any():
+            raise ValueError(
+                f"transform={method.declares.name} gives no altered gradient for each task in this step; it "
+                f"combines them in another way. Methods that do: {', '.join(ALTERING)} (with their default "
+                "options), or leave transform= out. Nothing was changed."
+            )
+    record = replace(record_of(taken, combination), weights=(None,) * len(request.names))
     if not combination.accepted:
         return record, iter(())
-    for parameter, gradient in graph.own_gradients():
-        own[parameter] = own[parameter] + gradient if parameter in own else gradient
-    if transform is None:
-        return record, iter(())
-    jacobian, factors = taken.gradients.jacobian, transform
-    assert jacobian is not None
+    if transform is None and not gramian.any():
+        transform = torch.eye(len(gramian), dtype=torch.float64)  # of zeros there is nothing to alter
+    # Otherwise something else than the gradients, a guard, keeps the shared parameters where they are.
+    owner = {tensor: task for task, pairs in enumerate(taken.walked.own) for tensor, _ in pairs}
+    heads: list[Gradients] = [[] for _ in request.names]
+    for tensor, gradient in taken.own_gradients():
+        heads[owner.get(tensor, 0)].append((tensor, gradient))
+    columns, masks, inside = taken.columns, step.roles.reached, taken.step.inside
 
-    def rows() -> Iterator[tuple[str, Gradients]]:
-        layout, mixed = Layout(parts.shared), jacobian.new_empty(jacobian.shape[1])
-        for place, (name, row) in enumerate(zip(asked.names, factors, strict=True)):
+    def shares() -> Iterator[Share]:
+        layout, mixed = Layout(columns), jacobian.new_empty(jacobian.shape[1])
+        for place, name in enumerate(request.names):
+            if transform is None or place not in inside:
+                yield name, [], heads[place]
+                continue
             # A parameter that neither this task nor one mixed into it reaches is none of its business: no zero there.
-            reached = 1 << place | sum(1 << task for task, factor in enumerate(row.tolist()) if factor)
-            factors_of_row = row.to(device=jacobian.device, dtype=jacobian.dtype)
-            torch.matmul(factors_of_row[None], jacobian, out=mixed[None])
-            pieces = zip(parts.shared, masks, layout.split(mixed), strict=True)
-            yield name, [(tensor, piece) for tensor, mask, piece in pieces if mask & reached]
+            row = transform[inside.index(place)]
+            mixed_in = [task for task, factor in zip(inside, row.tolist(), strict=True) if factor]
+            reached = 1 << place | sum(1 << task for task in mixed_in)
+            torch.matmul(
+                row.to(device=jacobian.device, dtype=jacobian.dtype)[None], jacobian, out=mixed[None]
+            )
+            pieces = zip(columns, masks, layout.split(mixed), strict=True)
+            yield name, [(tensor, piece) for tensor, mask, piece in pieces if mask & reached], heads[place]
 
-    return record, rows()
+    return record, shares()
+
+
+def _step(request: TaskLosses, method: Method, workspace: Memory) -> Step:
+    """Prepare the step of which all gradients are taken; what each loss reaches is that on some rank."""
+    named = Named(shared=tuple(request.shared), task_specific=tuple(request.specific))
+    wanted = Request(named, method.needs_now(), whole=True)
+    names, losses, reduction = request.names, list(request.losses), request.reduction
+    roles = find_roles(names, losses, named, workspace, part=reduction is not None)
+    if reduction is not None:
+        masks = _masks_of_all(roles.reached, len(names), reduction)
+        reaching = 0
+        for mask in masks:
+            reaching |= mask
+        roles = replace(roles, reached=masks, tasks=reaching)
+    inside = tuple(task for task in range(len(names)) if roles.tasks >> task & 1)
+    return Step(names, losses, losses, roles, workspace, inside, wanted, reduction=reduction)
+
+
+def columns_by_task(taken: Taken) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """View the rows of a Jacobian as gradients: for each parameter those of all tasks, by name."""
+    gradients, columns = taken.gradients, taken.columns
+    assert gradients.jacobian is not None
+    found: dict[torch.Tensor, dict[str, torch.Tensor]] = {parameter: {} for parameter in columns}
+    for name, row in zip(gradients.names, gradients.jacobian, strict=True):
+        for parameter, piece in zip(columns, Layout(columns).split(row), strict=True):
+            found[parameter][name] = piece
+    return found
 
 
 def _summed(
     inputs: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None], reduction: Reduction
 ) -> list[torch.Tensor | None]:
-    """One task's gradients added over the ranks; None where no rank has any."""
+    """Add one task's gradients over the ranks; None where no rank has any."""
     layout = Layout(tuple(inputs))
     like = layout.like
     flat = torch.empty(layout.columns + len(inputs), dtype=like.dtype, device=like.device)
@@ -156,44 +227,7 @@ def _summed(
 
 
 def _masks_of_all(masks: Sequence[int], tasks: int, reduction: Reduction) -> tuple[int, ...]:
-    """For each shared parameter the bit mask of the losses that reach it on some rank."""
+    """Give for each shared parameter the bit mask of the losses that reach it on some rank."""
     bits = [float(mask >> task & 1) for mask in masks for task in range(tasks)]
     seen = reduction.ranks.numbers(bits, torch.device("cpu")).any(axis=0).reshape(len(masks), tasks)
     return tuple(sum(1 << task for task in range(tasks) if row[task]) for row in seen)
-
-
-def _check(asked: Asked, place: int, gradients: Gradients) -> None:
-    """See that one task's gradients are finite, before anything takes them in."""
-    probed = probes(gradient for _, gradient in gradients)
-    (known,) = to_host([probed])
-    if np.isfinite(known).all():
-        return
-    fine = finite([gradient for _, gradient in gradients], known)
-    if fine.all():
-        return
-    where = asked.name_of(gradients[int(np.argmin(fine))][0])
-    state = standing(asked.names[:place], asked.remembers)
-    raise ValueError(
-        f"the gradient of task {asked.names[place]!r} is not finite (NaN or Inf), first in {where}. {state} Look for a "
-        "division by zero, a logarithm of zero, or a learning rate too high for this task."
-    )
-
-
-def standing(before: Sequence[str], remembers: Callable[[str], bool]) -> str:
-    """What a step has changed that fails at one task's gradient, after those of the tasks ``before`` were taken in.
-
-    Example:
-        >>> standing(["a", "new"], {"a"}.__contains__).partition("; ")[2][:29]
-        "the moments of task 'a', whos"
-    """
-    before = [name for name in before if remembers(name)]  # the moments of others are dropped again
-    if not before:
-        return "Nothing was changed."
-    return (
-        f"Parameters, step counters and the moments of this task are as they were; the moments of "
-        f"{_tasks(before)}, whose backward came first, have already taken in their gradient of this step."
-    )
-
-
-def _tasks(names: Sequence[str]) -> str:
-    return f"task{'s' if len(names) > 1 else ''} {', '.join(map(repr, names))}"

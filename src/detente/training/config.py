@@ -9,22 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from detente.linesearch import SearchName, searches
+from detente.optim import OptimizerName
+from detente.optim import info_of as optimizer_info
+
 CHECK_EVERY = 7
 """Steps of the fast search from one look at the network itself to the next: often enough to tell, and with no period
 that the batches of an epoch are likely to have."""
 
-PER_TASK = ("mao", "mtadam")
-"""Optimizers that keep moments of every task."""
-
-_SEARCH_ONLY = (
-    "search_gamma",
-    "search_c",
-    "search_trials",
-    "search_check",
-    "search_small_step",
-    "search_lower",
-    "search_precondition",
-)
+_SEARCH_OPTIONS = {
+    "search_gamma": "gamma",
+    "search_c": "c",
+    "search_trials": "max_trials",
+    "search_check": "check_true",
+    "search_small_step": "small_step",
+    "search_lower": "lower_ub",
+    "search_precondition": "precondition",
+}
+"""Fields of the configuration to the options of a search that they set."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class TrainingConfig:
     anew at every step, or let the step's own batch serve for all."""
     clip_norm: float | None = None
     """Shorten the combined gradient of all parameters to this norm where it is longer."""
-    optimizer: Literal["sgd", "adam", "adamw", "mao", "mtadam"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     """The optimizer that takes the steps; mao and mtadam keep moments of every task and replace the method."""
-    search: Literal["none", "backtracking", "fast"] = "none"
+    search: Literal["none", SearchName] = "none"
     """Find the length of every step by a line search, in the parameters or (fast) in the representation, starting from
     the learning rate."""
     search_gamma: float = 2.0
@@ -128,7 +130,7 @@ class TrainingConfig:
         if self.momentum is None:
             object.__setattr__(self, "momentum", 0.9 if self.search == "none" else 0.0)
         if self.search_check is None:
-            object.__setattr__(self, "search_check", CHECK_EVERY if self.search == "fast" else 0)
+            object.__setattr__(self, "search_check", CHECK_EVERY if self._has("check_true") else 0)
         for name in ("epochs", "batch_size", "devices", "accumulate", "selection_k", "record_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -189,7 +191,7 @@ class TrainingConfig:
 
     def _check_search(self) -> None:
         if self.search == "none":
-            for name in _SEARCH_ONLY:
+            for name in _SEARCH_OPTIONS:
                 if getattr(self, name) != _without_search(type(self), name):
                     raise ValueError(f"{name} is {getattr(self, name)!r}; it needs a search, see --search.")
             return
@@ -205,16 +207,14 @@ class TrainingConfig:
             )
         if self.search_check is not None and self.search_check < 0:
             raise ValueError(f"search_check is {self.search_check}; it must be 0 (never) or more.")
-        if self.search_check and self.search != "fast":
-            raise ValueError(
-                f"search_check is {self.search_check}; only the fast search needs a check, {self.search} tries every "
-                "length on the network itself."
-            )
-        if self.search_precondition != "none" and self.search != "backtracking":
-            raise ValueError(
-                f"search_precondition is {self.search_precondition}; the entries of a representation belong to other "
-                "examples in every step, so that moments of them mean nothing: use --search backtracking."
-            )
+        declared = searches()[self.search]
+        for name, option in _SEARCH_OPTIONS.items():
+            if option not in declared.options and getattr(self, name) != _without_search(type(self), name):
+                others = " or ".join(other for other, info in searches().items() if option in info.options)
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; search {self.search} has no such option. "
+                    f"{declared.lacks[option]} Leave it out, or use --search {others}."
+                )
         plain = {"optimizer": "sgd", "momentum": 0, "nesterov": False, "weight_decay": 0, "scale": "native"}
         for name, value in plain.items():
             if getattr(self, name) != value:
@@ -222,9 +222,10 @@ class TrainingConfig:
                     f"{name} is {getattr(self, name)}; search {self.search} takes plain steps along the method's "
                     "direction: use optimizer sgd, momentum 0, no nesterov, weight_decay 0 and scale native."
                 )
-        needed = "features" if self.search == "fast" else "exact"
-        if self.gradients != needed:
-            raise ValueError(f"gradients is {self.gradients}; search {self.search} needs gradients {needed}.")
+        if self.gradients != declared.space:
+            raise ValueError(
+                f"gradients is {self.gradients}; search {self.search} needs gradients {declared.space}."
+            )
         if self.balance:
             raise ValueError(
                 "balance follows from the moments of an optimizer of Adam's kind: use it without a search."
@@ -233,7 +234,11 @@ class TrainingConfig:
     @property
     def per_task(self) -> bool:
         """Whether the optimizer keeps moments of every task and takes the step itself."""
-        return self.optimizer in PER_TASK
+        return optimizer_info(self.optimizer).per_task
+
+    def _has(self, option: str) -> bool:
+        """Tell whether there is a search, and it has the option."""
+        return self.search != "none" and option in searches()[self.search].options
 
     def baselines(self, tasks: Sequence[str]) -> dict[str, float]:
         """The single-task baselines by task; empty unless the rule delta-m asks for them.

@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 from detente.autograd.reduce import average_losses
+from detente.linesearch import searches
 from detente.methods import Method, describe
+from detente.optim import create as create_optimizer
+from detente.optim import info_of as optimizer_info
 from detente.records import RunFolder
 from detente.training import checkpoint
 from detente.training.config import TrainingConfig
@@ -427,7 +430,7 @@ def _label(config: TrainingConfig, method: str, space: str) -> str:
     """What tables call a run: the method, where it is solved, and what else moves the parameters."""
     name = f"{method} ({space})" if space != "none" else method
     if config.search != "none":
-        return f"{name}, {config.search} search" if config.search == "fast" else f"{name}, {config.search}"
+        return f"{name}, {searches()[config.search].label}"
     if config.per_task:
         return config.optimizer if space == "none" else f"{config.optimizer} after {method}"
     return name
@@ -446,19 +449,16 @@ def _set_up(
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimizer a configuration names, over all parameters of the network."""
-    parameters = list(model.parameters())
-    if config.optimizer == "sgd":
-        assert config.momentum is not None, "filled in by the configuration"
-        return torch.optim.SGD(
-            parameters,
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-    adam = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    """Make the optimizer that a configuration names, over all parameters of the network."""
+    configured = {
+        "lr": config.learning_rate,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "weight_decay": config.weight_decay,
+    }
+    declared = optimizer_info(config.optimizer).options
+    options = {name: value for name, value in configured.items() if name in declared}
+    return create_optimizer(config.optimizer, list(model.parameters()), **options)
 
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -12,6 +12,10 @@ import torch
 from torch import nn
 
 from detente.methods import Method, describe
+from detente.optim import Contributions, optimizers
+from detente.optim import create as create_optimizer
+from detente.optim import info_of as optimizer_info
+from detente.optim.base import TaskOptimizer
 from detente.step import accumulate, backward, task_gradients
 from detente.training.config import TrainingConfig
 from detente.training.problem import Problem
@@ -20,7 +24,6 @@ from detente.values import StepRecord
 if TYPE_CHECKING:
     from detente.linesearch import Closure, SearchRecord
     from detente.linesearch.search import Search
-    from detente.optim import Contributions
 
 Forward = Callable[[Any], Any]
 
@@ -190,8 +193,6 @@ class PerTaskSteps:
     def __init__(
         self, problem: Problem, config: TrainingConfig, method: Method, module: nn.Module, forward: Forward
     ) -> None:
-        from detente.optim import MAO, MTAdam
-
         if config.gradients != "exact" or config.scale != "native":
             raise ValueError(
                 f"optimizer {config.optimizer} works on the gradients of the shared parameters: use gradients exact "
@@ -202,13 +203,13 @@ class PerTaskSteps:
                 f"optimizer {config.optimizer} takes one task's gradient after the other, so their conflict is not "
                 "measured: leave measure out; balance records what each task contributes."
             )
-        kinds: dict[str, type[MAO] | type[MTAdam]] = {"mao": MAO, "mtadam": MTAdam}
-        make = kinds[config.optimizer]
+        takes_transform = optimizer_info(config.optimizer).takes_transform
         asked = describe(method).takes_gradients or config.method != TrainingConfig.method
-        if asked and not make.takes_transform:
+        if asked and not takes_transform:
+            others = " or ".join(name for name, info in optimizers().items() if info.takes_transform)
             raise ValueError(
                 f"optimizer {config.optimizer} rescales the gradients of the tasks itself and takes no method: leave "
-                f"method {config.method} out, or use optimizer mao."
+                f"method {config.method} out, or use optimizer {others}."
             )
         self.problem, self.config, self.forward = problem, config, forward
         self.device = next(module.parameters()).device
@@ -216,7 +217,8 @@ class PerTaskSteps:
         transform = _altering(config, method)
         options: dict[str, Any] = {} if transform is None else {"transform": transform}
         named = {parameter: name for name, parameter in module.named_parameters()}
-        self.optimizer = make(
+        optimizer = create_optimizer(
+            config.optimizer,
             [(named[parameter], parameter) for parameter in shared],
             [(named[parameter], parameter) for parameter in own],
             tasks=tuple(problem.tasks),
@@ -224,6 +226,8 @@ class PerTaskSteps:
             weight_decay=config.weight_decay,
             **options,
         )
+        assert isinstance(optimizer, TaskOptimizer), "see the declaration"
+        self.optimizer = optimizer
 
     def step(
         self, batches: Sequence[Batch], *, measure: bool, balance: bool
@@ -427,23 +431,16 @@ def _contributions(
     """What watches the tasks' contributions to Adam's updates; None unless the configuration asks for it."""
     if not config.balance:
         return None
-    from detente.optim import Contributions
-
-    if config.optimizer not in ("adam", "adamw"):
-        _no_balance(config)
+    if not optimizer_info(config.optimizer).shares_updates:
+        known = " or ".join(name for name, info in optimizers().items() if info.shares_updates)
+        raise ValueError(
+            f"balance follows from the moments of an optimizer of Adam's kind: use optimizer {known} without a search."
+        )
     if config.scale != "native":
         raise ValueError("balance knows gradients by the method's weights: use scale native.")
     shared, _ = roles(module, "balance")
     named = {parameter: name for name, parameter in module.named_parameters()}
     return Contributions(optimizer, [(named[parameter], parameter) for parameter in shared])
-
-
-def _no_balance(config: TrainingConfig) -> None:
-    if config.balance:
-        raise ValueError(
-            "balance follows from the moments of an optimizer of Adam's kind: use optimizer adam, adamw, mao or mtadam "
-            "without a search."
-        )
 
 
 def _known_weights(record: StepRecord, method: str) -> tuple[float, ...]:
