@@ -12,8 +12,11 @@ from detente.autograd.graph import Edge, gradient_edge
 Representation = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-class Branches(Mapping[str, Representation]):
+class Branches:
     """Hold one branch of a representation for each task; made by :func:`branch`.
+
+    It is a mapping from name to branch, though not a ``collections.abc.Mapping``: libraries that go through a model's
+    output would take it apart and build a dictionary instead.
 
     Attributes:
         features: the tensors of the representation itself, with their graph.
@@ -36,6 +39,21 @@ class Branches(Mapping[str, Representation]):
 
     def __len__(self) -> int:
         return len(self._of)
+
+    def __contains__(self, name: object) -> bool:
+        return str(name) in self._of
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the tasks."""
+        return tuple(self._of)
+
+    def values(self) -> list[Representation]:
+        """Return the branches, in the order of the names."""
+        return [self[name] for name in self._of]
+
+    def items(self) -> list[tuple[str, Representation]]:
+        """Return names and branches."""
+        return [(name, self[name]) for name in self._of]
 
     def parts(self, name: str) -> tuple[torch.Tensor, ...]:
         """Return the tensors of one task's branch, one for each of ``features``; none for a task without a branch."""

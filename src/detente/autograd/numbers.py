@@ -61,7 +61,7 @@ def to_host(parts: Sequence[Part]) -> list[np.ndarray]:
     with torch.no_grad():
         for part in parts:
             several = not isinstance(part, torch.Tensor)
-            pieces = list(part) if several else [part]
+            pieces = [part] if isinstance(part, torch.Tensor) else list(part)
             for place, piece in enumerate(pieces):
                 if not alike:
                     piece = piece.to(device=device, dtype=torch.float64)

@@ -170,7 +170,8 @@ def _of_all(
     if (table[:, 1] != table[0, 1]).any():
         raise ValueError(_disagreement(ranks, reduction, request))
     assert roles is not None
-    reached_anywhere, everyones = (table[:, 3:] > 0).any(axis=0), np.abs(table[:, 3:])
+    reached_anywhere = np.asarray((table[:, 3:] > 0).any(axis=0))
+    everyones = np.abs(table[:, 3:])
     reduction = replace(reduction, anywhere=bool(table[:, 2].any()))
     sums = everyones.sum(axis=0)
     present = [place for place, total in enumerate(sums) if total > 0]

@@ -73,11 +73,11 @@ class MultiMNIST:
         """The composites of a split."""
         return getattr(self.digits, name)
 
-    def features(self, output: Output) -> torch.Tensor:
-        """The 50 values both heads read."""
+    def features(self, output: Output) -> Any:
+        """The 50 values both heads read, or a branch of them for each."""
         return output.features
 
-    def from_features(self, model: nn.Module, features: torch.Tensor) -> Output:
+    def from_features(self, model: nn.Module, features: Any) -> Output:
         """The heads on a representation."""
         assert isinstance(model, LeNet)
         return Output(features, model.predict(features))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class LeNet(nn.Module):
         hidden = F.relu(F.max_pool2d(self.channel_dropout(self.conv2(hidden)), 2))
         return F.relu(self.linear(hidden.flatten(1)))
 
-    def predict(self, features: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, features: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
         """Run the heads alone on a representation [B, 50], or each on its branch: task name to logits [B, outputs]."""
         return {
             task: head(features if isinstance(features, Tensor) else features[task])
@@ -107,9 +108,8 @@ class LeNet(nn.Module):
         With ``branch`` (:func:`detente.branch`) each head reads a branch of its own, and the branches are the output's
         representation.
         """
-        features: Tensor | Mapping[str, Tensor] = self.encode(images)
-        if branch is not None:
-            features = branch(features, list(self.heads))
+        shared = self.encode(images)
+        features = shared if branch is None else branch(shared, list(self.heads))
         return Output(features, self.predict(features))
 
     def shared_parameters(self) -> list[nn.Parameter]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 __all__ = ["Branching", "Output"]
 
-Branching = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
+Branching = Callable[[Tensor, Sequence[str]], Mapping[str, Any]]
 """Gives each task a branch of a representation of its own, as :func:`detente.branch` does."""
 
 
@@ -22,5 +22,5 @@ class Output(NamedTuple):
         predictions: task name to that task's output, [B, ...].
     """
 
-    features: Tensor | Mapping[str, Tensor]
+    features: Any
     predictions: dict[str, Tensor]

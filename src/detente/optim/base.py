@@ -209,7 +209,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         record = StepRecord(
             names=request.names,
             losses=tuple(request.values.tolist()),
-            weights=None,
+            weights=(None,) * len(request.names),
             space="exact" if shared else "none",
         )
         source = streamed(request)

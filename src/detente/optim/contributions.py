@@ -96,14 +96,15 @@ class Contributions:
 
     @torch.no_grad()
     @full_precision()
-    def measure(self, taken: Taken, weights: Sequence[float] | torch.Tensor | None) -> TaskBalance:
+    def measure(self, taken: Taken, weights: Sequence[float | None] | torch.Tensor | None) -> TaskBalance:
         """Take in one step's task gradients and measure the update that Adam has just made of them.
 
         Call it once for every step, after ``optimizer.step()`` and before a scheduler changes the learning rate.
 
         Args:
             taken: of :func:`detente.task_gradients`, in the exact space, with the same shared parameters.
-            weights: T numbers by which the gradients were weighted (of a combination or a step's record); ones for
+            weights: numbers by which the gradients were weighted (of a combination or a step's record, whose None for a
+                task outside of the shared problem is left out); ones for
                 plain sums, zeros for a step in which only the heads moved.
 
         Returns:
@@ -121,12 +122,13 @@ class Contributions:
                 "contributions need gradients of the parameters themselves; leave features= and solve_on= "
                 "out."
             )
-        if weights is None:
+        known = [] if weights is None else [weight for weight in weights if weight is not None]
+        if not known:
             raise ValueError(
                 "there are no weights: the method gives one direction for all tasks, so that no task's contribution is "
                 "defined. Give ones if the gradients were summed. Nothing was changed."
             )
-        factors = torch.as_tensor(weights).detach()
+        factors = torch.as_tensor(known).detach()
         if factors.shape != (len(names),):
             raise ValueError(f"{tuple(factors.shape)} weights for {len(names)} tasks ({', '.join(names)}).")
         columns = columns_by_task(taken)

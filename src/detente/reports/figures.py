@@ -321,10 +321,13 @@ def _validation_loss(row: Row, task: str) -> float | None:
 
 def _shares(row: Row) -> dict[str, float] | None:
     weights = row.get("weights")
-    if weights is None or any(number_of(weight) is None for weight in weights):
-        return None
-    size = math.fsum(abs(weight) for weight in weights)
-    return {name: weight / size for name, weight in zip(row["names"], weights, strict=True)} if size else None
+    known = {
+        name: weight
+        for name, weight in zip(row["names"], weights or (None,) * len(row["names"]), strict=True)
+        if number_of(weight) is not None
+    }
+    size = math.fsum(map(abs, known.values()))
+    return {name: weight / size for name, weight in known.items()} if size else None
 
 
 def _share_of(found: Mapping[str, float], task: str) -> float | None:

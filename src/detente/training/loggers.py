@@ -228,7 +228,8 @@ def _step_scalars(row: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"refused_step": 1.0 if row.get("status") == "refused" else 0.0}
     for title, key in (("loss", "losses"), ("weight", "weights")):
         if row.get(key) is not None:
-            found |= {f"{title}/{name}": value for name, value in zip(row["names"], row[key], strict=True)}
+            pairs = zip(row["names"], row[key], strict=True)
+            found |= {f"{title}/{name}": value for name, value in pairs if value is not None}
     for title, key in (("gradients", "raw"), ("altered_gradients", "altered")):
         measured = row.get(key) or {}
         found |= {f"{title}/{name}": v for name, v in measured.items() if isinstance(v, int | float)}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from detente.autograd.reduce import average_losses
+from detente.autograd.reduction import average_losses
 from detente.linesearch import searches
 from detente.methods import Method, describe
 from detente.optim import create as create_optimizer

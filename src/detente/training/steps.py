@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from detente.autograd.branches import branch
 from detente.methods import Method, describe
 from detente.optim import Contributions, optimizers
 from detente.optim import create as create_optimizer
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from detente.linesearch import Closure, SearchRecord
     from detente.linesearch.search import Search
 
-Forward = Callable[[Any], Any]
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class GradientSteps:
         self.info = describe(method)
         named = getattr(module, "shared_parameters", None)
         self.shared = None if named is None else list(named())
+        self.branches = "branch" in inspect.signature(module.forward).parameters
         self.device = next(module.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "16-mixed" else None
         self.contributions = _contributions(config, module, optimizer)
@@ -97,7 +100,7 @@ class GradientSteps:
         with nullcontext() if len(batches) == 1 else accumulate(self.method, len(batches)):
             for batch in batches:
                 with autocast(self.config, self.device):
-                    output = self.forward(batch.inputs)
+                    output = self._output(batch.inputs, measure)
                     losses = self.problem.losses(output, batch.labels)
                     extra = [self._further(losses, other) for other in batch.further]
                 if self.contributions is not None:  # at every step: Adam's averages remember all of them
@@ -146,6 +149,17 @@ class GradientSteps:
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
+    def _space(self, measure: bool) -> str:
+        """Name the space in which task gradients are taken; ``none`` where the method looks at no gradients."""
+        used = self.info.takes_gradients or measure or self.config.scale != "native"
+        return self.config.gradients if used else "none"
+
+    def _output(self, inputs: Any, measure: bool) -> Any:
+        """Run the network; on features each head reads a branch of its own, where the network offers that."""
+        if self.branches and self._space(measure) == "features":
+            return self.forward(inputs, branch=branch)
+        return self.forward(inputs)
+
     def _further(self, losses: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
         """The losses of another batch, of the same tasks."""
         others = self.problem.losses(self.forward(batch.inputs), batch.labels)
@@ -164,9 +178,7 @@ class GradientSteps:
         examples: int | None,
         measure: bool,
     ) -> StepRecord:
-        config = self.config
-        used = self.info.takes_gradients or measure or config.scale != "native"
-        space = config.gradients if used else "none"
+        config, space = self.config, self._space(measure)
         last: Any = getattr(self.module, "last_shared_parameters", None)
         if space == "layer" and last is None:
             raise ValueError(
@@ -444,15 +456,16 @@ def _contributions(
 
 
 def _known_weights(record: StepRecord, method: str) -> tuple[float, ...]:
-    """The weights by which the gradients became the step."""
+    """Give the weights by which the gradients became the step, of the tasks that took part in the shared problem."""
+    weights = tuple(weight for weight in record.weights or () if weight is not None)
     if record.status == "stationary":
-        return (0.0,) * len(record.names)
-    if record.weights is None:
+        return (0.0,) * (len(weights) or len(record.names))
+    if not weights:
         raise ValueError(
             f"method {method} gives no weight for each task, so a task's contribution to the step is not defined: "
             "leave balance out."
         )
-    return record.weights
+    return weights
 
 
 def _altering(config: TrainingConfig, method: Method) -> Method | None:
