@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from detente.linesearch.engine import entries
+
 Kind = Literal["adam", "rmsprop", "adagrad"]
 State = dict[str, torch.Tensor]
 
@@ -77,11 +79,9 @@ class Preconditioner:
         moved, proposed = [], {}
         for parameter, direction in pairs:
             place = self._position[parameter]
-            if direction.layout is not torch.strided:
-                direction = direction.to_dense()
-            plain = torch.view_as_real(direction.resolve_conj()) if direction.is_complex() else direction
+            plain = entries.real(entries.dense(direction))
             divided, proposed[place] = precondition(self.kind, plain, self._states.get(place, {}))
-            moved.append((parameter, torch.view_as_complex(divided) if direction.is_complex() else divided))
+            moved.append((parameter, entries.unreal(divided, direction)))
         return moved, proposed
 
     def commit(self, proposed: Mapping[int, State]) -> None:

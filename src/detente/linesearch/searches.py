@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, final
 
 from detente.linesearch.direction import FeatureDirection, ParameterDirection
 from detente.linesearch.engine import Parameters
-from detente.linesearch.options import SearchOptions
+from detente.linesearch.options import DEFAULTS, SearchOptions
 from detente.linesearch.search import Search, SearchDeclaration
 from detente.methods import Method
 from detente.values import Option
@@ -246,9 +246,7 @@ def describe(kind: type[Search]) -> SearchInfo:
     declared, hints = kind.declares, typing.get_type_hints(SearchOptions)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
     constants = {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
-    further = {
-        field.name: field.default for field in fields(SearchOptions) if field.name not in declared.lacks
-    }
+    further = {name: value for name, value in DEFAULTS.plain().items() if name not in declared.lacks}
     options = {
         name: Option(value, _choices(hints.get(name)), tuple(declared.search.get(name, ())))
         for name, value in {**constants, **further}.items()
