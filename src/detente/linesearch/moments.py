@@ -17,7 +17,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "rmsprop": ("square",),
     "adagrad": ("square",),
 }
-"""The moments that each keeps, beside the number of steps."""
+"""The moments of each kind, beside the number of steps."""
 
 BETAS = (0.9, 0.999)
 ALPHA = 0.99

@@ -1,4 +1,4 @@
-"""The options of a search, and the checks of what it is given."""
+"""Hold the options of a search, and check what it is given."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class SearchOptions:
 
     @property
     def named_modules(self) -> tuple[nn.Module, ...]:
-        """The modules of ``modules``; none where it is None."""
+        """List the modules of ``modules``; none where it is None."""
         assert self.modules is None or isinstance(self.modules, tuple), "see __post_init__"
         return self.modules or ()
 
@@ -270,9 +270,11 @@ def check_roles(shared: Any, task_specific: Any) -> None:
     both = [tensor for tensor in own if any(tensor is other for other in trunk)]
     if both:
         shape = tuple(both[0].shape)
-        told = f"{len(both)} parameters (the first has shape {shape}) are"
+        which = f"a parameter of shape {shape} is"
+        if len(both) > 1:
+            which = f"{len(both)} parameters (the first has shape {shape}) are"
         raise ValueError(
-            f"{told if len(both) > 1 else f'a parameter of shape {shape} is'} named in shared= and in task_specific=; "
+            f"{which} named in shared= and in task_specific=; "
             "each has one role. Of tied weights, which several modules hold, name one side by its module and the other "
             "by the parameters that are left."
         )
