@@ -104,7 +104,7 @@ class Search(ABC):
         max_trials: int = 20,
         options: SearchOptions = DEFAULTS,
     ) -> None:
-        self.method = check_method(method, self.declares.direction.space)
+        check_method(method, self.declares.direction.space)
         self.shared, self.task_specific = read_once(shared), read_once(task_specific)
         check_roles(self.shared, self.task_specific)
         self.lr_ub = lr_ub
@@ -129,6 +129,11 @@ class Search(ABC):
             # Moments divide whole directions, whose products with the gradients are then taken again.
             whole=options.precondition is not None,
         )
+
+    @property
+    def method(self) -> Method:
+        """The method that gives the direction."""
+        return self._engine.method
 
     @property
     def lr_ub(self) -> float:
@@ -260,7 +265,7 @@ class Search(ABC):
     # ---- private
 
     def _settings(self) -> dict[str, object]:
-        """Everything by which the steps of several processes could differ."""
+        """Collect everything by which the steps of several processes could differ."""
         names = ("lr_ub", "gamma", "c", "max_trials", *self.counters)
         return {name: getattr(self, name) for name in names} | self.options.plain()
 
@@ -383,7 +388,7 @@ class _Run:
         return replace(ending, true_losses=values, true_condition=holds)
 
     def _small_step(self, slopes: Slopes) -> Ending:
-        """Take the constant step where some loss does not fall, or say whose fault it is."""
+        """Take the constant step where some loss does not fall, or say what to change."""
         eta = self.owner.options.small_step
         if eta is None:
             raise self._no_descent(slopes)
@@ -462,7 +467,7 @@ class _Run:
         )
 
     def _remedy(self, slopes: Slopes) -> str:
-        """Whose fault it is that a loss does not fall: the moments', the heads', or the method's."""
+        """Say what to change where a loss does not fall: the moments, the heads, or the method."""
         kind = self.owner.options.precondition
         if kind is not None:
             return (
@@ -478,7 +483,7 @@ class _Run:
 
 
 def _untouched(decided: StepRecord) -> tuple[str, ...]:
-    """A note for every task that says nothing about the shared parameters; some methods then move none of them."""
+    """Note every task that says nothing about the shared parameters; some methods then move none of them."""
     norms = () if decided.raw is None else decided.raw.norms
     return tuple(
         f"task {name!r} has no gradient on what is shared"
