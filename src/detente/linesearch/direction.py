@@ -16,7 +16,7 @@ import torch
 
 from detente.linesearch.armijo import Array, Slopes, slope_tolerance
 from detente.linesearch.closure import check_graph, flat, like
-from detente.linesearch.engine import Gradients, Losses, Solved, entries
+from detente.linesearch.engine import Gradients, Losses, Solved
 from detente.linesearch.moments import Preconditioner, State
 from detente.linesearch.passes import Passes
 from detente.values import Combination, TaskGradients
@@ -304,8 +304,9 @@ def merged(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[torch.Ten
     """
     total: dict[torch.Tensor, torch.Tensor] = {}
     for parameter, direction in pairs:
-        written = entries.dense(direction)
-        total[parameter] = total[parameter] + written if parameter in total else written
+        if direction.layout is not torch.strided:
+            direction = direction.to_dense()
+        total[parameter] = total[parameter] + direction if parameter in total else direction
     return total
 
 
@@ -354,12 +355,19 @@ def _each_its_own(solved: Solved, gradients: Gradients) -> bool:
 def _row(columns: Sequence[torch.Tensor], pieces: Mapping[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """[P] one direction out of the pieces of the parameters, in the order of the Jacobian's columns."""
     return torch.cat(
-        [entries.flat(pieces[column] if column in pieces else torch.zeros_like(column)) for column in columns]
+        [_real(pieces[column] if column in pieces else torch.zeros_like(column)) for column in columns]
     )
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """The entries as one vector of real numbers; a complex one counts twice."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
 
 
 def _inner(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     if first is second:  # a plain gradient: no copies in float64
-        length: torch.Tensor = torch.linalg.vector_norm(entries.flat(first), dtype=torch.float64)
+        length: torch.Tensor = torch.linalg.vector_norm(_real(first), dtype=torch.float64)
         return length.square()
-    return row_products(entries.flat(first)[None], entries.flat(second))[0]
+    return row_products(_real(first)[None], _real(second))[0]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from detente.autograd import entries
 from detente.autograd.flat import Gradients
 from detente.autograd.host import to_host
 from detente.autograd.losses import Losses
@@ -42,7 +41,6 @@ __all__ = [
     "Samples",
     "Solved",
     "as_tensors",
-    "entries",
     "to_host",
     "undone_on_failure",
 ]

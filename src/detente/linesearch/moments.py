@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-from detente.linesearch.engine import entries
-
 Kind = Literal["adam", "rmsprop", "adagrad"]
 State = dict[str, torch.Tensor]
 
@@ -17,7 +15,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "rmsprop": ("square",),
     "adagrad": ("square",),
 }
-"""The moments of each kind, beside the number of steps."""
+"""The moments that each keeps, beside the number of steps."""
 
 BETAS = (0.9, 0.999)
 ALPHA = 0.99
@@ -79,9 +77,11 @@ class Preconditioner:
         moved, proposed = [], {}
         for parameter, direction in pairs:
             place = self._position[parameter]
-            plain = entries.real(entries.dense(direction))
+            if direction.layout is not torch.strided:
+                direction = direction.to_dense()
+            plain = torch.view_as_real(direction.resolve_conj()) if direction.is_complex() else direction
             divided, proposed[place] = precondition(self.kind, plain, self._states.get(place, {}))
-            moved.append((parameter, entries.unreal(divided, direction)))
+            moved.append((parameter, torch.view_as_complex(divided) if direction.is_complex() else divided))
         return moved, proposed
 
     def commit(self, proposed: Mapping[int, State]) -> None:
