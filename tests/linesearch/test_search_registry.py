@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,3 +109,15 @@ def test_options_cannot_be_set_later() -> None:
     with pytest.raises(AttributeError, match="cannot assign"):
         options.patience = 3  # type: ignore[misc]
     assert isinstance(options.plain(), Mapping) and options.plain()["patience"] == 10
+
+
+def test_options_are_stored_as_plain_numbers() -> None:
+    options = SearchOptions(
+        on_no_descent="small-step", small_step=torch.tensor(0.5), patience=np.int64(3), rounding=np.float32(2)
+    )  # type: ignore[arg-type]
+    kinds = {type(getattr(options, name)) for name in ("small_step", "rounding")}
+    assert (options.small_step, options.patience, options.rounding) == (0.5, 3, 2.0)
+    assert kinds == {float} and type(options.patience) is int
+    assert options == SearchOptions(
+        on_no_descent="small-step", small_step=0.5, patience=3, rounding=2.0
+    ) and hash(options)

@@ -30,16 +30,15 @@ from detente.linesearch.options import (
     SearchOptions,
     check_method,
     check_roles,
-    in_range,
     keywords_moved_to,
     modules_in,
     read_once,
-    whole,
 )
 from detente.linesearch.passes import Passes
 from detente.linesearch.record import ClosureChanged, NoDescent, SearchFailed, SearchRecord, SearchStatus
 from detente.linesearch.trials import Trials
 from detente.methods import Method
+from detente.methods.options import number, whole
 from detente.values import StepRecord
 
 
@@ -108,8 +107,8 @@ class Search(ABC):
         self.shared, self.task_specific = read_once(shared), read_once(task_specific)
         check_roles(self.shared, self.task_specific)
         self.lr_ub = lr_ub
-        self.gamma = in_range("gamma", gamma, above=1)
-        self.c = in_range("c", c, below=1)
+        self.gamma = number("gamma", gamma, above=1)
+        self.c = number("c", c, above=0, below=1)
         self.max_trials = whole("max_trials", max_trials, least=1)
         if not isinstance(options, SearchOptions):
             raise TypeError(f"options= takes SearchOptions, got {type(options).__name__}.")
@@ -142,7 +141,7 @@ class Search(ABC):
 
     @lr_ub.setter
     def lr_ub(self, value: float) -> None:
-        self._lr_ub = in_range("lr_ub", value)
+        self._lr_ub = number("lr_ub", value, above=0)
 
     @property
     def trials(self) -> Trials:
@@ -236,7 +235,7 @@ class Search(ABC):
         """
         self._check_state(state)
         moments = read_moments(self._preconditioner, state.get("moments"))
-        lr_ub = in_range("lr_ub", state["lr_ub"])
+        lr_ub = number("lr_ub", state["lr_ub"], above=0)
         counters = {name: whole(name, value, least=0) for name, value in state["counters"].items()}
         with undone_on_failure(self.method):
             try:
