@@ -124,6 +124,28 @@ def test_a_state_that_does_not_fit_changes_nothing(net: Any, batch: Any) -> None
         smaller.load_state_dict(adam.state_dict())
 
 
+def test_states_of_the_first_form_load(net: Any) -> None:
+    """Written out as version 0.1 saved them."""
+    counters, method = (
+        {"steps": 7, "capped": 2, "in_a_row": 1, "lowered": 3},
+        detente.create("mgda").state_dict(),
+    )
+    moments = {
+        "kind": "rmsprop",
+        "states": {0: {"steps": torch.tensor(7.0, dtype=torch.float64), "square": torch.ones(16, 6)}},
+    }
+    options = SearchOptions(precondition="rmsprop")
+    classical = Backtracking(detente.create("mgda"), net.encoder, net.heads, 0.1, options=options)
+    classical.load_state_dict({"lr_ub": 8.0, "counters": counters, "method": method, "moments": moments})
+    assert (classical.steps, classical.capped, classical.first_length) == (7, 2, 1.0)
+    assert classical.state_dict()["moments"]["states"][0]["square"].equal(torch.ones(16, 6).double())
+    counters |= {"true_condition_checks": 4, "true_condition_failures": 1}
+    fast = FastBacktracking(detente.create("mgda"), net.encoder, net.heads, 0.1)
+    fast.load_state_dict({"lr_ub": 8.0, "counters": counters, "method": method})
+    assert (fast.in_a_row, fast.lowered, fast.true_condition_rate) == (1, 3, 0.25)
+    assert set(fast.state_dict()) == {"lr_ub", "counters", "method"}
+
+
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("saved", ["moco", None])
 def test_another_methods_state_changes_nothing(saved: Any, sized: bool, net: Any, batch: Any) -> None:

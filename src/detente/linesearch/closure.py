@@ -1,4 +1,4 @@
-"""The caller's closure: what it must give, a representation and losses, and how each is read."""
+"""Read what the caller's closure gives: a representation and losses."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from detente.linesearch.engine import Losses, Ranks, Solved, to_host
 class BatchLosses:
     """Read the losses of the whole batch after a forward pass; each process may hold a part of it.
 
-    On several processes every pass ends with one small message: each rank tells its share of the losses, all ranks add
+    On several processes every pass ends with one small message: each rank sends its share of the losses, all ranks add
     the same numbers in the same order and so decide alike, and what fails on one rank is raised on all.
 
     Attributes:
@@ -108,11 +108,11 @@ class BatchLosses:
 
     def _parts(self, losses: Losses) -> list[torch.Tensor]:
         """This rank's share of the loss of every task."""
-        found = dict(zip(self.given, in_order(losses, self.given), strict=True))
+        losses_here = dict(zip(self.given, in_order(losses, self.given), strict=True))
         if self.ranks is None:
-            return [found[name] for name in self.names]
+            return [losses_here[name] for name in self.names]
         return [
-            found[name] * share if share else first.detach()
+            losses_here[name] * share if share else first.detach()
             for name, share, first in zip(self.names, self.shares, self.first, strict=True)
         ]
 

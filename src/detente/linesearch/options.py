@@ -1,10 +1,8 @@
-"""The options of a search, and the checks of what it is given."""
+"""Hold the options of a search, and check what it is given."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -16,49 +14,10 @@ from detente.linesearch.armijo import ROUNDING
 from detente.linesearch.engine import as_tensors
 from detente.linesearch.moments import KINDS, Kind
 from detente.methods import Method
-from detente.methods.arguments import one_of
+from detente.methods.options import number, one_of, whole
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def in_range(
-    option: str, value: float, *, above: float = 0.0, below: float = math.inf, least: float | None = None
-) -> float:
-    """Give ``value`` back as a finite number in (above, below), or in [least, below).
-
-    Raises:
-        ValueError: it is not; the option is named.
-
-    Example:
-        >>> in_range("gamma", 1.0, above=1)
-        Traceback (most recent call last):
-        ...
-        ValueError: option gamma is 1.0; give a finite number > 1.
-    """
-    number = not isinstance(value, bool) and isinstance(value, numbers.Real)
-    if not (number and math.isfinite(value) and (value > above if least is None else value >= least)):
-        bound = f"> {above:g}" if least is None else f">= {least:g}"
-        upper = "" if math.isinf(below) else f" and < {below:g}"
-        raise ValueError(f"option {option} is {value!r}; give a finite number {bound}{upper}.")
-    if not value < below:
-        raise ValueError(f"option {option} is {value!r}; give a number between {above:g} and {below:g}.")
-    return float(value)
-
-
-def whole(option: str, value: int, *, least: int) -> int:
-    """Give ``value`` back as a whole number >= ``least``.
-
-    Raises:
-        ValueError: it is none; the option is named.
-
-    Example:
-        >>> whole("max_trials", 20, least=1)
-        20
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"option {option} is {value!r}; give a whole number >= {least}.")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -114,33 +73,36 @@ class SearchOptions:
     def __post_init__(self) -> None:
         one_of("on_cap", self.on_cap, ("skip", "error"))
         one_of("on_no_descent", self.on_no_descent, ("error", "small-step"))
+        one_of("lower_ub", self.lower_ub, (None, "cap", "divided"))
+        one_of("precondition", self.precondition, (None, *KINDS))
         if (self.on_no_descent == "small-step") != (self.small_step is not None):
             raise ValueError(
                 "options on_no_descent='small-step' and small_step= belong together: give both, or neither."
             )
-        if self.small_step is not None:
-            in_range("small_step", self.small_step)
-        one_of("lower_ub", self.lower_ub, (None, "cap", "divided"))
         if self.lower_ub == "cap" and self.on_cap == "error":
             raise ValueError(
                 "option lower_ub='cap' counts searches that end at the cap: use on_cap='skip' with it."
             )
-        whole("patience", self.patience, least=1)
-        whole("check_steps", self.check_steps, least=0)
-        in_range("rounding", self.rounding, least=0)
-        one_of("precondition", self.precondition, (None, *KINDS))
+        plain: dict[str, Any] = {
+            "patience": whole("patience", self.patience, least=1),
+            "check_steps": whole("check_steps", self.check_steps, least=0),
+            "rounding": number("rounding", self.rounding, least=0),
+        }
+        if self.small_step is not None:
+            plain["small_step"] = number("small_step", self.small_step, above=0)
         if not isinstance(self.check_true, bool):
-            whole("check_true", self.check_true, least=1)
+            plain["check_true"] = whole("check_true", self.check_true, least=1)
         if self.modules is not None:  # read once: it may be a generator
-            named = (self.modules,) if isinstance(self.modules, nn.Module) else tuple(self.modules)
-            for entry in named:
+            plain["modules"] = (self.modules,) if isinstance(self.modules, nn.Module) else tuple(self.modules)
+            for entry in plain["modules"]:
                 if not isinstance(entry, nn.Module):
                     raise TypeError(f"modules= takes modules, got {type(entry).__name__}.")
-            object.__setattr__(self, "modules", named)
+        for name, value in plain.items():  # numpy's numbers and tensors of one entry as plain ones
+            object.__setattr__(self, name, value)
 
     @property
     def named_modules(self) -> tuple[nn.Module, ...]:
-        """The modules of ``modules``; none where it is None."""
+        """List the modules of ``modules``; none where it is None."""
         assert self.modules is None or isinstance(self.modules, tuple), "see __post_init__"
         return self.modules or ()
 
@@ -270,9 +232,11 @@ def check_roles(shared: Any, task_specific: Any) -> None:
     both = [tensor for tensor in own if any(tensor is other for other in trunk)]
     if both:
         shape = tuple(both[0].shape)
-        told = f"{len(both)} parameters (the first has shape {shape}) are"
+        which = f"a parameter of shape {shape} is"
+        if len(both) > 1:
+            which = f"{len(both)} parameters (the first has shape {shape}) are"
         raise ValueError(
-            f"{told if len(both) > 1 else f'a parameter of shape {shape} is'} named in shared= and in task_specific=; "
+            f"{which} named in shared= and in task_specific=; "
             "each has one role. Of tied weights, which several modules hold, name one side by its module and the other "
             "by the parameters that are left."
         )

@@ -48,18 +48,18 @@ class _Buffers:
     """Hold one module's buffers: the tensors themselves, None where a name is only reserved, and what they held."""
 
     module: nn.Module
-    found: dict[str, torch.Tensor | None]
+    tensors: dict[str, torch.Tensor | None]
     values: dict[str, torch.Tensor]
 
 
 def _read(module: nn.Module) -> _Buffers:
-    found = dict(module._buffers.items())  # of a scripted module it is no dict
+    held = dict(module._buffers.items())  # of a scripted module it is no dict
     values = {
         name: buffer.detach().clone()
-        for name, buffer in found.items()
+        for name, buffer in held.items()
         if buffer is not None and not torch.nn.parameter.is_lazy(buffer)
     }
-    return _Buffers(module, found, values)
+    return _Buffers(module, held, values)
 
 
 def _write(saved: Sequence[_Buffers]) -> None:
@@ -67,15 +67,15 @@ def _write(saved: Sequence[_Buffers]) -> None:
     values: list[torch.Tensor] = []
     for entry in saved:
         held = entry.module._buffers
-        for name in [name for name in held.keys() if name not in entry.found]:  # noqa: SIM118, see _read
+        for name in [name for name in held.keys() if name not in entry.tensors]:  # noqa: SIM118, see _read
             del held[name]
-        for name, tensor in entry.found.items():
+        for name, tensor in entry.tensors.items():
             if name not in held or held[name] is not tensor:
                 held[name] = tensor
         for name, value in entry.values.items():
-            found = entry.found[name]
-            assert found is not None
-            tensors.append(found.data)
+            buffer = entry.tensors[name]
+            assert buffer is not None
+            tensors.append(buffer.data)
             values.append(value)
     if tensors:
         # Through .data: a graph may hold the buffers, and a backward that comes later would refuse them once written
@@ -217,10 +217,10 @@ class Passes:
     def first(self) -> tuple[Any, Losses]:
         """Run the pass with a graph, whose buffers and random numbers count."""
         with self._frozen.watching(), torch.enable_grad():
-            found = self._run()
+            pair = self._run()
         self._heads_start = self._frozen.end
         self.draws = not same_random_state(self._frozen.start, self._frozen.end)
-        return found
+        return pair
 
     def first_of_heads(self, features: Any) -> Losses:
         """Run the heads once more with a graph, for losses whose random numbers later passes of the heads repeat."""
@@ -270,7 +270,7 @@ class Passes:
         self.head_forwards += 1
         try:
             with self.precision.entered_again():
-                found = self._closure(features)
+                given = self._closure(features)
         except TypeError as error:
             if _takes_features(self._closure):
                 raise
@@ -278,7 +278,7 @@ class Passes:
                 "the fast search hands the representation to the closure as its one positional argument, and this "
                 "closure does not take one: write def closure(features=None)."
             ) from error
-        returned, losses = _pair(found)
+        returned, losses = _pair(given)
         if not _same(flat(returned), flat(features)):
             raise ValueError(
                 "closure(features) returned another representation than it was given: with features it must run the "

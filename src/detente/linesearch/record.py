@@ -11,7 +11,7 @@ SearchStatus = Literal["accepted", "small-step", "capped", "stationary", "refuse
 
 
 class _Advised(ValueError):
-    """What happened to some tasks, and apart from it what to do, which a caller with options of its own may reword.
+    """Say what happened to some tasks, and apart from it what to do, which a caller with other options may reword.
 
     Attributes:
         told: what happened.
@@ -28,7 +28,7 @@ class _Advised(ValueError):
 
 
 class NoDescent(_Advised):
-    """Some loss does not fall along the direction, so that no length of the step can satisfy the condition.
+    """Refuse a direction along which some loss does not fall: no length of the step can satisfy the condition.
 
     Attributes:
         told: which losses, and by how much they fall per unit of length.
@@ -38,7 +38,7 @@ class NoDescent(_Advised):
 
 
 class SearchFailed(_Advised):
-    """No trial was accepted; parameters, buffers, random state and method are as they were before the step.
+    """Report that no trial was accepted; parameters, buffers, random state and method are as they were before the step.
 
     Attributes:
         told: what was wrong at the last trial.
@@ -48,12 +48,12 @@ class SearchFailed(_Advised):
 
 
 class ClosureChanged(ValueError):
-    """The closure does not give the same losses twice at one point: its batch or its random numbers change."""
+    """Refuse a closure that does not give the same losses twice at one point: its batch or random numbers change."""
 
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """One step of a line search in plain numbers, ready for a log.
+    """Record one step of a line search in plain numbers, ready for a log.
 
     Attributes:
         names: the T tasks of this step; every sequence below follows their order.
@@ -69,11 +69,11 @@ class SearchRecord:
         slopes: T numbers, by how much each loss falls per unit of η, to first order; None if the method refused.
         shared_slopes: the part of them that the shared direction contributes (in the representation for the fast
             search); the rest is that of the own parameters.
-        lr_ub: the first length of this search, lowered as ``lower_ub`` of the search asked.
+        lr_ub: the first length of this search, lowered as ``lower_ub`` of the search demanded.
         head_forwards, trunk_forwards: how often all heads, and the trunk, were run, with everything: the gradients'
             own forward, checks and trials.
-        true_losses: T losses of the network after a fast step, where they were asked for.
-        true_condition: whether the condition holds for them, None where it was not asked.
+        true_losses: T losses of the network after a fast step, where the options request them.
+        true_condition: whether the condition holds for them, None where they do not.
         notes: sentences for the log.
         seconds: wall-clock time of the whole step.
         record: what the method saw and decided; its ``seconds`` are those until the direction was known.
@@ -107,7 +107,7 @@ class SearchRecord:
         return self.status in ("accepted", "small-step")
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as lists of plain numbers and strings; without ``record``, which has a ``to_dict`` of its own."""
+        """Write the record as lists of plain numbers and strings; without ``record``, which has its own ``to_dict``."""
         everything = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "record"}
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in everything.items()

@@ -30,16 +30,15 @@ from detente.linesearch.options import (
     SearchOptions,
     check_method,
     check_roles,
-    in_range,
     keywords_moved_to,
     modules_in,
     read_once,
-    whole,
 )
 from detente.linesearch.passes import Passes
 from detente.linesearch.record import ClosureChanged, NoDescent, SearchFailed, SearchRecord, SearchStatus
 from detente.linesearch.trials import Trials
 from detente.methods import Method
+from detente.methods.options import number, whole
 from detente.values import StepRecord
 
 
@@ -106,12 +105,12 @@ class Search(ABC):
         max_trials: int = 20,
         options: SearchOptions = DEFAULTS,
     ) -> None:
-        self.method = check_method(method, self.declares.direction.space)
+        check_method(method, self.declares.direction.space)
         self.shared, self.task_specific = read_once(shared), read_once(task_specific)
         check_roles(self.shared, self.task_specific)
         self.lr_ub = lr_ub
-        self.gamma = in_range("gamma", gamma, above=1)
-        self.c = in_range("c", c, below=1)
+        self.gamma = number("gamma", gamma, above=1)
+        self.c = number("c", c, above=0, below=1)
         self.max_trials = whole("max_trials", max_trials, least=1)
         if not isinstance(options, SearchOptions):
             raise TypeError(f"options= takes SearchOptions, got {type(options).__name__}.")
@@ -133,13 +132,18 @@ class Search(ABC):
         )
 
     @property
+    def method(self) -> Method:
+        """The method that gives the direction."""
+        return self._engine.method
+
+    @property
     def lr_ub(self) -> float:
         """The first length as the caller or a schedule sets it between steps, > 0; see :attr:`first_length`."""
         return self._lr_ub
 
     @lr_ub.setter
     def lr_ub(self, value: float) -> None:
-        self._lr_ub = in_range("lr_ub", value)
+        self._lr_ub = number("lr_ub", value, above=0)
 
     @property
     def trials(self) -> Trials:
@@ -233,7 +237,7 @@ class Search(ABC):
         """
         self._check_state(state)
         moments = read_moments(self._preconditioner, state.get("moments"))
-        lr_ub = in_range("lr_ub", state["lr_ub"])
+        lr_ub = number("lr_ub", state["lr_ub"], above=0)
         counters = {name: whole(name, value, least=0) for name, value in state["counters"].items()}
         with undone_on_failure(self.method):
             try:
@@ -262,7 +266,7 @@ class Search(ABC):
     # ---- private
 
     def _settings(self) -> dict[str, object]:
-        """Everything by which the steps of several processes could differ."""
+        """Collect everything by which the steps of several processes could differ."""
         names = ("lr_ub", "gamma", "c", "max_trials", *self.counters)
         return {name: getattr(self, name) for name in names} | self.options.plain()
 
@@ -385,7 +389,7 @@ class _Run:
         return replace(ending, true_losses=values, true_condition=holds)
 
     def _small_step(self, slopes: Slopes) -> Ending:
-        """Take the constant step where some loss does not fall, or say whose fault it is."""
+        """Take the constant step where some loss does not fall, or say what to change."""
         eta = self.owner.options.small_step
         if eta is None:
             raise self._no_descent(slopes)
@@ -464,7 +468,7 @@ class _Run:
         )
 
     def _remedy(self, slopes: Slopes) -> str:
-        """Whose fault it is that a loss does not fall: the moments', the heads', or the method's."""
+        """Say what to change where a loss does not fall: the moments, the heads, or the method."""
         kind = self.owner.options.precondition
         if kind is not None:
             return (
@@ -480,7 +484,7 @@ class _Run:
 
 
 def _untouched(decided: StepRecord) -> tuple[str, ...]:
-    """A note for every task that says nothing about the shared parameters; some methods then move none of them."""
+    """Note every task that says nothing about the shared parameters; some methods then move none of them."""
     norms = () if decided.raw is None else decided.raw.norms
     return tuple(
         f"task {name!r} has no gradient on what is shared"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, final
 
 from detente.linesearch.direction import FeatureDirection, ParameterDirection
 from detente.linesearch.engine import Parameters
-from detente.linesearch.options import SearchOptions
+from detente.linesearch.options import DEFAULTS, SearchOptions
 from detente.linesearch.search import Search, SearchDeclaration
 from detente.methods import Method
 from detente.values import Option
@@ -39,12 +39,13 @@ class Backtracking(Search):
     ``torch.Generator`` of yours) cannot be rewound: such a closure is recognised and refused. A closure that
     differentiates inside does so under ``torch.enable_grad()``, for only the first pass has a graph.
 
-    Rounding: a decrease of less than 4 machine epsilons of the loss's dtype times its size cannot be told from none and
+    Rounding: a decrease of less than 4 machine epsilons of the loss's dtype times its size is no more than rounding and
     is not required. Compute losses in float32, also of a network in bfloat16 or float16: in bfloat16 those 4 epsilons
-    are three per cent of the loss. What half precision before the loss costs, ``rounding`` higher allows for. A slope
-    that is zero up to rounding in float64 does not count as falling.
+    are three per cent of the loss. Inside ``torch.autocast`` the closure alone runs in half precision; what that costs
+    the losses, ``rounding`` higher allows for. A slope that is zero up to rounding in float64 does not count as
+    falling.
 
-    What happens where a step cannot be found:
+    What follows where a step is not plainly accepted:
 
     - Some slope <g_i, d> + ‖∇_θi L_i‖² is not positive: no small step satisfies the condition, and no trial is run.
       ``on_no_descent`` says what then. It is the whole slope that counts: where <g_i, d> < 0 and the head's own move
@@ -66,7 +67,7 @@ class Backtracking(Search):
             take plain gradients also where they would be weighted.
         shared: the parameters, or modules, that the tasks share.
         task_specific: those of the tasks: a mapping from task to parameters or module, or all together; which loss
-            reaches what is then found. May be empty.
+            reaches what is then discovered. May be empty.
         lr_ub: the first length that is tried, > 0. ``search.lr_ub`` is the caller's, to be set by a schedule.
         gamma: divisor of the length after a rejection, > 1.
         c: share of the promised decrease that is required, in (0, 1).
@@ -241,8 +242,8 @@ def searches() -> dict[str, SearchInfo]:
         >>> searches()["fast"].options["gamma"].default
         2.0
     """
-    found = [describe(kind) for kind in _SEARCHES]
-    return {info.name: info for info in sorted(found, key=lambda info: info.name)}
+    rows = [describe(kind) for kind in _SEARCHES]
+    return {info.name: info for info in sorted(rows, key=lambda info: info.name)}
 
 
 def describe(kind: type[Search]) -> SearchInfo:
@@ -254,9 +255,7 @@ def describe(kind: type[Search]) -> SearchInfo:
     declared, hints = kind.declares, typing.get_type_hints(SearchOptions)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
     constants = {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
-    further = {
-        field.name: field.default for field in fields(SearchOptions) if field.name not in declared.lacks
-    }
+    further = {name: value for name, value in DEFAULTS.plain().items() if name not in declared.lacks}
     options = {
         name: Option(value, _choices(hints.get(name)), tuple(declared.search.get(name, ())))
         for name, value in {**constants, **further}.items()
