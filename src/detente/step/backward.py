@@ -49,7 +49,7 @@ from detente.step.combining import (
     watched,
     with_direction,
 )
-from detente.step.recording import lengths_of, record_of, undone_on_failure
+from detente.step.recording import lengths_of, notes_on_outside, record_of, undone_on_failure
 from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
 Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | Branches | None
@@ -220,7 +220,9 @@ def _take_step(step: Step, how: _How) -> StepRecord:
             return StepRecord(step.names, tuple(known.tolist()), weights, status="accumulating", space="exact")
         return _combined(measured(accumulation.finish(step)), how)
     branched = step.request.named.branches is not None
-    if branched or step.request.needs & GRADIENT_NEEDS or how.measure or how.scale != "native":
+    # Behind a node that packs several tasks only gradients tell whose own a parameter is, and which task is left out.
+    packed = step.roles.certain >= 0 and (how.heads == "own" or step.request.drops)
+    if branched or packed or step.request.needs & GRADIENT_NEEDS or how.measure or how.scale != "native":
         taken = task_gradients(step)
         if taken is not None:
             if how.extra and how.info.batches > 1:
@@ -372,7 +374,8 @@ def _length_factor(length: torch.Tensor, gradients: TaskGradients, scale: Scale)
 def _weighted(step: Step, how: _How) -> StepRecord:
     """Take a step without task gradients: one backward of the weighted losses.
 
-    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1.
+    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1. One
+    that needs none in this step is asked about the tasks of the shared problem; the others' losses count as they are.
     """
     method, names, reduction = how.method, step.names, step.reduction
     needs = step.request.needs
@@ -382,25 +385,33 @@ def _weighted(step: Step, how: _How) -> StepRecord:
         known = losses_of_all(step.losses, reduction)
         check_losses(names, known)
     with nullcontext() if plain else undone_on_failure(method):
-        combination = Combination(weights=torch.ones(len(names), dtype=torch.float64))
+        combination, inside = Combination(), list(step.inside)
+        weights = torch.ones(len(names), dtype=torch.float64)
         if not plain:
-            seen = TaskGradients(names=names, losses=known, space="none")
+            if step.outside:
+                method.bind(names)  # also those of which it sees nothing
+            of_problem = tuple(names[task] for task in inside)
+            seen = TaskGradients(of_problem, None if known is None else known[inside], space="none")
             combination = of_first_rank(method.combine(seen), step)
             check_result(method, combination)
-        assert combination.weights is not None, "a weighting of losses gives weights"
+            assert combination.weights is not None, "a weighting of losses gives weights"
+            weights[inside] = combination.weights
         plain_heads = how.heads == "own" and not plain
-        found = weighted_backward(step, combination.weights, plain_heads=plain_heads)
+        found = weighted_backward(step, weights, plain_heads=plain_heads)
         values, everything = _checked(step, found)
         if combination.accepted:
             accumulate(everything)
-    notes = combination.notes
+    notes, outside = (*combination.notes, *notes_on_outside(step)), set(step.outside)
     if not step.anything:
         notes = (*notes, NO_SHARED if plain or how.heads == "own" else NO_SHARED_WEIGHTED)
     return StepRecord(
         names=names,
         losses=tuple(values.tolist()),
-        weights=tuple(combination.weights.tolist()),
+        weights=tuple(
+            None if name in outside else weight for name, weight in zip(names, weights.tolist(), strict=True)
+        ),
         status=combination.status,
+        dropped=step.outside,
         notes=notes,
         residual=combination.residual,
     )

@@ -9,6 +9,7 @@ from copy import deepcopy
 import torch
 
 from detente.autograd.engine import Taken
+from detente.autograd.step import Step
 from detente.diagnostics.conflict import measure_altered, measure_conflict
 from detente.methods.base import Method
 from detente.methods.registry import info_of
@@ -56,13 +57,7 @@ def _weights(taken: Taken, combination: Combination) -> tuple[float | None, ...]
 
 def _notes(taken: Taken, combination: Combination, norms: tuple[float, ...]) -> tuple[str, ...]:
     """Return the method's notes, and what else is to be known of the step."""
-    notes, roles = combination.notes, taken.step.roles
-    for name in taken.step.outside:
-        notes = (
-            *notes,
-            f"task {name!r} reaches no shared parameter: it is left out of the shared problem, and its own parameters "
-            "take their plain gradient",
-        )
+    notes, roles = (*combination.notes, *notes_on_outside(taken.step)), taken.step.roles
     if roles.left_out:
         leaf = roles.left_out[0]
         notes = (
@@ -86,6 +81,15 @@ def _notes(taken: Taken, combination: Combination, norms: tuple[float, ...]) -> 
     if segments is not None:
         notes = (*notes, LOW.format(f"{segments} segment" if segments == 1 else f"{segments} segments"))
     return notes
+
+
+def notes_on_outside(step: Step) -> tuple[str, ...]:
+    """Return a note for each task that is left out of the shared problem."""
+    return tuple(
+        f"task {name!r} reaches no shared parameter: it is left out of the shared problem, and its own parameters "
+        "take their plain gradient"
+        for name in step.outside
+    )
 
 
 @contextmanager
