@@ -259,11 +259,6 @@ def _inference(parameter: torch.Tensor) -> torch.Tensor:
         return torch.zeros(parameter.shape)
 
 
-def _half(parameter: torch.Tensor) -> torch.Tensor:
-    parameter.grad_dtype = torch.float16  # type: ignore[attr-defined]
-    return torch.zeros(parameter.shape, dtype=torch.float16)
-
-
 SPOILED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception]]] = {
     "a subclass that fails in the middle": (lambda p: torch.ones(p.shape).as_subclass(Fragile), RuntimeError),
     "expanded": (lambda p: torch.zeros(1).expand(p.shape), ValueError),
@@ -298,15 +293,19 @@ def test_a_failure_while_grad_is_written_leaves_nothing_half_added(spoiled: str,
 
 
 def test_a_grad_of_another_dtype_takes_the_gradient_or_none_does() -> None:
+    """A parameter whose data were replaced keeps the .grad it had."""
     one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    one.grad, other.grad = torch.ones(2), _half(other)
-    detente.backward([one.sum() + other.sum(), (one * 2).sum() + other.sum()], detente.create("uniform"))
-    assert other.grad is not None and other.grad.tolist() == [2.0, 2.0] and one.grad.tolist() == [4.0, 4.0]
-    wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    wave.grad_dtype = None  # type: ignore[attr-defined]
-    wave.grad = torch.zeros(2)
-    one.grad = torch.ones(2)
+    one.grad, other.grad = torch.ones(2), torch.ones(2)
+    other.data = other.data.double()
+    losses = [one.sum() + other.sum(), (one * 2).sum() + other.sum()]
+    detente.backward(losses, detente.create("uniform"))
+    assert other.grad is not None and other.grad.dtype == torch.float32
+    assert other.grad.tolist() == [3.0, 3.0] and one.grad.tolist() == [4.0, 4.0]
+    wave = nn.Parameter(torch.ones(2))
+    wave.grad = torch.ones(2)
+    wave.data = wave.data.to(torch.complex64)
     losses = [one.sum() + wave.abs().sum(), (one * 2).sum() + wave.abs().square().sum()]
-    with pytest.raises(ValueError, match="cannot be added"):
-        detente.backward(losses, detente.create("uniform"))
-    assert one.grad.tolist() == [1.0, 1.0] and wave.grad.tolist() == [0.0, 0.0]
+    for name in ("uniform", "mgda"):
+        with pytest.raises(ValueError, match="cannot be added"):
+            detente.backward(losses, detente.create(name), retain_graph=True)
+        assert one.grad.tolist() == [4.0, 4.0] and wave.grad.tolist() == [1.0, 1.0]
