@@ -47,7 +47,9 @@ from detente.step.deciding import (
     decide,
     lengths_of,
     not_finite,
+    notes_on_outside,
     of_first_rank,
+    outside,
     record_of,
     undone_on_failure,
     watched,
@@ -245,6 +247,8 @@ def _take_step(step: Step, how: _How) -> StepRecord:
         return _combined(measured(accumulation.finish(step)), how)
     request = step.request
     wanted = not GRADIENT_NEEDS.isdisjoint(request.needs) or request.named.branches is not None
+    # Behind a node that packs several tasks only gradients tell whose own a parameter is, and which task is left out.
+    wanted = wanted or (step.roles.certain >= 0 and (how.heads == "own" or request.drops))
     if wanted or how.measure or how.scale != "native":
         taken = task_gradients(step)
         if taken is not None:
@@ -404,37 +408,44 @@ def _length_factor(length: torch.Tensor, gradients: TaskGradients, scale: Scale)
 def _weighted(step: Step, how: _How) -> StepRecord:
     """Take a step without task gradients: one backward of the weighted losses.
 
-    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1.
+    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1. One
+    that needs none in this step is asked about the tasks of the shared problem; the others' losses count as they are.
     """
     method, names, reduction = how.method, step.names, step.reduction
     needs = step.request.needs
-    plain = bool(needs & GRADIENT_NEEDS)
+    plain, left_out = not GRADIENT_NEEDS.isdisjoint(needs), outside(step)
     known = None
     if not plain and "losses" in needs:
         known = losses_of_all(step.losses, reduction)
         check_losses(names, known)
     with nullcontext() if plain else undone_on_failure(method):
-        combination = Combination(weights=torch.ones(len(names), dtype=torch.float64))
+        combination, inside = Combination(), list(step.inside)
+        weights = torch.ones(len(names), dtype=torch.float64)
         if not plain:
-            seen = TaskGradients(names=names, losses=known, space="none")
+            if left_out:
+                method.bind(names)  # also those of which it sees nothing
+            of_problem = tuple(names[task] for task in inside)
+            seen = TaskGradients(of_problem, None if known is None else known[inside], space="none")
             combination = method.combine(seen)
             if reduction is not None:
                 combination = of_first_rank(combination, step)
             check_result(method, combination)
-        assert combination.weights is not None, "a weighting of losses gives weights"
-        plain_heads = how.heads == "own" and not plain
-        found = weighted_backward(step, combination.weights, plain_heads=plain_heads)
+            assert combination.weights is not None, "a weighting of losses gives weights"
+            weights[inside] = combination.weights
+        found = weighted_backward(step, weights, plain_heads=how.heads == "own" and not plain)
         values, everything = _checked(step, found)
         if combination.accepted:
             accumulate(everything)
-    notes = combination.notes
+    notes = (*combination.notes, *notes_on_outside(step))
     if not step.anything:
         notes = (*notes, NO_SHARED if plain or how.heads == "own" else NO_SHARED_WEIGHTED)
+    told = zip(names, weights.tolist(), strict=True)
     return StepRecord(
         names=names,
         losses=tuple(values.tolist()),
-        weights=tuple(combination.weights.tolist()),
+        weights=tuple(None if name in left_out else weight for name, weight in told),
         status=combination.status,
+        dropped=left_out,
         notes=notes,
         residual=combination.residual,
     )

@@ -82,12 +82,8 @@ def outside(step: Step) -> tuple[str, ...]:
 def _notes(taken: Taken, combination: Combination, norms: tuple[float, ...]) -> tuple[str, ...]:
     """Return the method's notes, and what else is to be known of the step."""
     notes, roles = combination.notes, taken.step.roles
-    for name in outside(taken.step):
-        notes = (
-            *notes,
-            f"task {name!r} reaches no shared parameter: it is left out of the shared problem, and its own parameters "
-            "take their plain gradient",
-        )
+    if len(taken.step.inside) < len(taken.step.names):
+        notes += notes_on_outside(taken.step)
     if roles.left_out:
         leaf = roles.left_out[0]
         notes = (
@@ -168,6 +164,15 @@ def not_finite(method: Method) -> str:
         f"the direction of {method.declares.name} is not finite (NaN or Inf) although every gradient is: some number "
         "in it is out of the range of its type. Nothing was changed. Keep losses and shared parameters in float32, or "
         "multiply all losses by a smaller constant."
+    )
+
+
+def notes_on_outside(step: Step) -> tuple[str, ...]:
+    """Return a note for each task that is left out of the shared problem."""
+    return tuple(
+        f"task {name!r} reaches no shared parameter: it is left out of the shared problem, and its own parameters "
+        "take their plain gradient"
+        for name in outside(step)
     )
 
 
