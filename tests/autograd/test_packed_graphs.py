@@ -18,7 +18,17 @@ from twins.worlds import HEADS, PACKINGS, PICKED, TRUNKS, Plan, World, plan_of
 import detente
 
 GRAPHS, BLOCK = 2000, 50
-METHODS = ("mgda", "pcgrad", "upgrad", "aligned-mtl", "nash-mtl", "cagrad", "uniform", "uncertainty", "imtl-g")
+METHODS = (
+    "mgda",
+    "pcgrad",
+    "upgrad",
+    "aligned-mtl",
+    "nash-mtl",
+    "cagrad",
+    "uniform",
+    "uncertainty",
+    "imtl-g",
+)
 MOST_REFUSED = GRAPHS // 20
 
 

@@ -134,9 +134,7 @@ def _sum(
 
 def _split(direction: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Gradients:
     parts = direction.split([tensor.numel() for tensor in tensors.values()])
-    return {
-        name: part.view_as(tensor) for part, (name, tensor) in zip(parts, tensors.items(), strict=True)
-    }
+    return {name: part.view_as(tensor) for part, (name, tensor) in zip(parts, tensors.items(), strict=True)}
 
 
 def differences(world: World, record: detente.StepRecord, want: Expected) -> list[str]:
@@ -180,5 +178,3 @@ def _differing_weights(record: detente.StepRecord, want: Sequence[float | None])
         if one is not None and right is not None and abs(one - right) > 1e-6 * max(1.0, abs(right)):
             return [f"weights {got}, not {want}"]
     return []
-
-

@@ -99,22 +99,33 @@ def plan_of(number: int) -> Plan:
     tasks = _tasks(draw, packed=packed, solved=solved, eager=piece == "eager", packing=packing)
     if "norm" in trunk and any(task.kind == "physics" for task in tasks):
         trunk = "residual"  # torch has no third derivative of a batch's statistics
+    if trunk == "frozen" and packed and any(task.kind == "partly" for task in tasks):
+        trunk = "plain"  # else the task is zero on all that is shared, and cannot be told from a probe
     leaf = trunk == "frozen" or any(task.kind in POTENTIALS for task in tasks)
     leaf = leaf or (mode != "features" and draw.random() < 0.1)
     every = tuple(range(len(tasks)))
     steps: tuple[tuple[int, ...], ...] = (every,)
-    if not solved and trunk != "frozen" and not any(t.kind in ("partly", "dead") for t in tasks):
-        if draw.random() < 0.25:
-            present = tuple(sorted({0, *draw.sample(every, draw.randint(1, len(tasks) - 1))}))
-            steps = draw.choice(((every, present), (present, every), (every, present, every)))
+    zero = any(task.kind in ("partly", "dead") for task in tasks)
+    if not (solved or zero or trunk == "frozen") and draw.random() < 0.25:
+        present = tuple(sorted({0, *draw.sample(every, draw.randint(1, len(tasks) - 1))}))
+        steps = draw.choice(((every, present), (present, every), (every, present, every)))
+        if piece.startswith("compiled"):  # what is compiled for one backward cannot be walked more often
+            steps = (every, present)
     elementwise = draw.choice(tuple(ELEMENTWISE))
     return Plan(number, mode, piece, trunk, packing, tasks, elementwise, leaf, steps)
 
 
-def _tasks(
-    draw: random.Random, *, packed: bool, solved: bool, eager: bool, packing: str
-) -> tuple[Task, ...]:
-    kinds = ["head"] * 6 + ["probe", "probe", "codebook", "commitment", "temperature", "row", "partly", "partly"]
+def _tasks(draw: random.Random, *, packed: bool, solved: bool, eager: bool, packing: str) -> tuple[Task, ...]:
+    kinds = ["head"] * 6 + [
+        "probe",
+        "probe",
+        "codebook",
+        "commitment",
+        "temperature",
+        "row",
+        "partly",
+        "partly",
+    ]
     if eager and not solved:
         kinds += ["physics", "force", "physics", "force"]
     if not packed:
@@ -409,9 +420,7 @@ class World(nn.Module):
         columns = []
         for number, task in enumerate(self.plan.tasks):
             inside = made is not None and task.kind in HEADS
-            columns.append(
-                made[self._at(number)] if inside else self._column(number, z, self.heads.heads)
-            )
+            columns.append(made[self._at(number)] if inside else self._column(number, z, self.heads.heads))
         if self.plan.packing == "batched":
             columns = self._batched(z, columns)
         losses = self._apart(columns) if self.plan.packing == "apart" else self._packed(columns)
