@@ -17,7 +17,7 @@ from twins.worlds import HEADS, PACKINGS, PICKED, TRUNKS, Plan, World, plan_of
 
 import detente
 
-GRAPHS, BLOCK = 2000, 50
+GRAPHS, BLOCK = 2000, 100
 METHODS = (
     "mgda",
     "pcgrad",
@@ -29,7 +29,6 @@ METHODS = (
     "uncertainty",
     "imtl-g",
 )
-MOST_REFUSED = GRAPHS // 20
 
 
 def method_of(plan: Plan) -> str:
@@ -102,7 +101,7 @@ def test_every_graph_agrees_or_is_refused_by_name(block: int) -> None:
             wrong.append(f"{method_of(plan)} {plan}\n    {result}")
     assert not wrong, f"{len(wrong)} of {BLOCK} graphs are wrong:\n" + "\n".join(wrong)
     assert results[None] + results["refused"] == BLOCK
-    assert results["refused"] <= MOST_REFUSED * BLOCK // GRAPHS + 1  # blocks are not alike
+    assert results["refused"] <= BLOCK // 20
 
 
 def test_the_two_thousand_hold_what_they_promise() -> None:
@@ -140,3 +139,9 @@ def test_the_construction_is_what_autograd_finds(block: int) -> None:
                 reached = {at for at, gradient in zip(tensors, found, strict=True) if gradient is not None}
                 assert reached == world.reached(task), f"{name} of {plan}"
                 assert loss.item() == pytest.approx(run.losses[name].item(), rel=1e-10)
+
+
+def test_a_scripted_world_is_past_its_warm_up() -> None:
+    for plan in map(plan_of, range(GRAPHS)):
+        if plan.piece == "scripted whole":
+            assert "CppFunction" in type(World(plan).run().z.grad_fn).__name__, f"more than one node: {plan}"
