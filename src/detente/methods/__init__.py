@@ -17,7 +17,7 @@ from detente.methods.registry import (
     unregister,
 )
 
-discover(__name__, __path__, {"base", "checks", "registry"})
+discover(__name__, __path__, {"base", "checks", "options", "registry"})
 
 __all__ = [
     "Declaration",

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from detente.methods.base import Method, one_of
-from detente.methods.checks import Array, number, sized
+from detente.methods.base import Method
+from detente.methods.checks import Array, sized
 from detente.methods.guard import Guard, Refuse
 from detente.methods.noise import follow
+from detente.methods.options import number, one_of
 from detente.methods.wrapping import register_wrapper
 from detente.values import TaskGradients
 
@@ -111,9 +112,7 @@ class Adaptive(Guard):
         self.scale = number("scale", scale, least=0)
         self.applies_to = one_of("applies_to", applies_to, ("epsilon", "squared"))
         self.statistics = one_of("statistics", statistics, ("epoch", "running"))
-        self.decay = number("decay", decay, above=0)
-        if not decay < 1:
-            raise ValueError(f"option decay is {decay}; give a number in (0, 1).")
+        self.decay = number("decay", decay, above=0, below=1)
         given = self.inner_info()
         spaces = given.spaces & {"exact", "layer"}
         if not spaces:

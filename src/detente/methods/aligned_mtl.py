@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from detente.geometry.spectrum import Spectrum, spectrum
-from detente.methods.base import Declaration, Method, Preference, one_of
+from detente.methods.base import Declaration, Method, Preference
+from detente.methods.options import number, one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -71,8 +72,8 @@ class AlignedMTL(Method):
         self.scale = one_of("scale", scale, ("min", "median", "rmse"))
         if isinstance(rank_tol, str):
             one_of("rank_tol", rank_tol, ("published",))
-        elif rank_tol is not None and not 0 <= rank_tol < 1:
-            raise ValueError(f"option rank_tol is {rank_tol}; give a number in [0, 1), 'published', or None.")
+        elif rank_tol is not None:
+            rank_tol = number("rank_tol", rank_tol, least=0, below=1)
         self.rank_tol = rank_tol
 
     def solve(self, gradients: TaskGradients) -> Combination:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
+
+from detente.methods.options import one_of as one_of
 
 Preference = Mapping[str, float] | Sequence[float] | None
 
@@ -97,18 +98,3 @@ def weight_by_name(
     if len(values) != len(names):
         raise ValueError(f"{option} has {len(values)} values for {len(names)} tasks ({', '.join(names)}).")
     return np.array(values, dtype=np.float64)
-
-
-def one_of(option: str, value: Any, choices: Sequence[Any]) -> Any:
-    """``value`` if it is one of ``choices``.
-
-    Raises:
-        ValueError: it is not; the option and the choices are named.
-
-    Example:
-        >>> one_of("solver", "exact", ("exact", "frank-wolfe"))
-        'exact'
-    """
-    if value not in choices:
-        raise ValueError(f"option {option} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-    return value

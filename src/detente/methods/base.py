@@ -6,7 +6,6 @@ A method is a ``torch.nn.Module`` without trainable parameters. Its state lives 
 
 from __future__ import annotations
 
-import numbers
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +21,10 @@ from detente.methods.arguments import (
     Preference,
     check_names,
     check_preference,
-    one_of,
     positional,
     weight_by_name,
 )
+from detente.methods.options import one_of, whole_or_none
 from detente.values import GRADIENT_NEEDS, Combination, TaskGradients
 
 __all__ = [
@@ -137,9 +136,8 @@ class Method(nn.Module, ABC):
         self.awaited: tuple[str, ...] | None = None
         self._constructed: frozenset[str] = frozenset()  # buffers that do not depend on the tasks
         self._preference = check_preference(self._preference_option, preference)
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
-            raise ValueError(f"option seed is {seed!r}; give a whole number.")
-        self.generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+        seed = whole_or_none("seed", seed)
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     # ---- what an author writes
 

@@ -9,7 +9,7 @@ import torch
 
 from detente.geometry.dual_cone import conflict_averse
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import number
+from detente.methods.options import number, one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -60,9 +60,8 @@ class CAGrad(Method):
 
     def __init__(self, *, c: float = 0.5, rescale: Literal[0, 1, 2] = 0) -> None:
         super().__init__()
-        if rescale not in (0, 1, 2):
-            raise ValueError(f"option rescale is {rescale!r}; choose one of 0, 1, 2.")
-        self.c, self.rescale = number("c", c, least=0), rescale
+        self.c = number("c", c, least=0)
+        self.rescale = one_of("rescale", rescale, (0, 1, 2))
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The weights of the conflict-averse direction."""

@@ -115,42 +115,6 @@ def losses_of(method: Method, losses: Mapping[str, Any] | Sequence[Any], expecte
     return values
 
 
-def number(option: str, value: float, *, above: float | None = None, least: float | None = None) -> float:
-    """``value`` as a finite number > ``above`` and >= ``least``.
-
-    Raises:
-        ValueError: it is out of that range; the option is named.
-
-    Example:
-        >>> number("lr", 0, above=0)
-        Traceback (most recent call last):
-        ...
-        ValueError: option lr is 0; give a finite number > 0.
-    """
-    inside = np.isfinite(value) and (above is None or value > above) and (least is None or value >= least)
-    if not inside:
-        bounds = [f"{sign} {bound:g}" for sign, bound in ((">", above), (">=", least)) if bound is not None]
-        raise ValueError(
-            f"option {option} is {value}; give a finite number{' ' if bounds else ''}{''.join(bounds)}."
-        )
-    return float(value)
-
-
-def count(option: str, value: int | None, *, least: int) -> int | None:
-    """``value`` as a whole number >= ``least``; None stays None.
-
-    Raises:
-        ValueError: it is none; the option is named.
-
-    Example:
-        >>> count("epoch_steps", 100, least=1)
-        100
-    """
-    if value is not None and (isinstance(value, bool) or int(value) != value or value < least):
-        raise ValueError(f"option {option} is {value}; give a whole number >= {least}.")
-    return None if value is None else int(value)
-
-
 def sized(method: Method, state: torch.Tensor | None, jacobian: torch.Tensor) -> torch.Tensor:
     """A [tasks, P] state as it is, or zeros like the Jacobian where there is none yet.
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import check_range, number, positive_losses, sized
+from detente.methods.checks import check_range, positive_losses, sized
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -61,9 +62,7 @@ class DBMTL(Method):
 
     def __init__(self, *, beta: float = 0.9, sigma: float = 0.0) -> None:
         super().__init__()
-        self.beta = number("beta", beta, least=0)
-        if not beta < 1:
-            raise ValueError(f"option beta is {beta}; give a number in [0, 1).")
+        self.beta = number("beta", beta, least=0, below=1)
         self.sigma = number("sigma", sigma, least=0)
 
     def allocate(self, tasks: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from detente.geometry.softmax import softmax
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import count, number
+from detente.methods.options import number, whole_or_none
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -71,7 +71,7 @@ class DWA(Method):
     def __init__(self, *, temperature: float = 2.0, epoch_steps: int | None = None) -> None:
         super().__init__()
         self.temperature = number("temperature", temperature, above=0)
-        self.epoch_steps = count("epoch_steps", epoch_steps, least=1)
+        self.epoch_steps = whole_or_none("epoch_steps", epoch_steps, least=1)
 
     def allocate(self, tasks: int) -> None:
         """This epoch's sum and count per task, and the means of its last two epochs (the later one first)."""

@@ -7,7 +7,8 @@ import torch
 
 from detente.geometry.softmax import softmax
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import check_range, number, sized
+from detente.methods.checks import check_range, sized
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

@@ -11,7 +11,8 @@ import torch
 from detente.geometry.adam import adam_step
 from detente.geometry.softmax import softmax
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import losses_of, number
+from detente.methods.checks import losses_of
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

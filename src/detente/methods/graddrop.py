@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import number
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -57,9 +57,7 @@ class GradDrop(Method):
 
     def __init__(self, *, leak: float = 0.0, seed: int = 0) -> None:
         super().__init__(seed=seed)
-        self.leak = number("leak", leak, least=0)
-        if not leak <= 1:
-            raise ValueError(f"option leak is {leak}; give a number in [0, 1].")
+        self.leak = number("leak", leak, least=0, most=1)
 
     def solve(self, gradients: TaskGradients) -> Combination:
         """The sum of what passed."""

@@ -8,7 +8,8 @@ import torch
 from detente.geometry.adam import adam_step
 from detente.geometry.softmax import softmax
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import number, positive_losses
+from detente.methods.checks import positive_losses
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from detente.geometry.surgery import raise_cosines
-from detente.methods.base import Declaration, Method, one_of
-from detente.methods.checks import number
+from detente.methods.base import Declaration, Method
+from detente.methods.options import number, one_of
 from detente.methods.pcgrad import visiting_order
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
@@ -79,9 +79,7 @@ class GradVac(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed)
-        self.beta = number("beta", beta, least=0)
-        if not beta <= 1:
-            raise ValueError(f"option beta is {beta}; give a number in [0, 1].")
+        self.beta = number("beta", beta, least=0, most=1)
         self.group = one_of("group", group, ("model", "layer", "tensor"))
         self.order = one_of("order", order, ("random", "fixed"))
         if order == "fixed":

@@ -7,7 +7,6 @@ gives weights.
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from detente.methods.base import Declaration, Method, one_of, weight_by_name
-from detente.methods.checks import Array, count, number
+from detente.methods.base import Declaration, Method, weight_by_name
+from detente.methods.checks import Array
+from detente.methods.options import is_number, number, one_of, whole_or_none
 from detente.methods.wrapping import Wrapper, register_wrapper
 from detente.values import Combination, TaskGradients
 
@@ -114,7 +114,7 @@ class Guard(Wrapper):
     def __init__(self, method: Method, *, refuse: Refuse = "all", epoch_steps: int | None = None) -> None:
         super().__init__(method)
         self.refuse = one_of("refuse", refuse, ("all", "shared"))
-        self.epoch_steps = count("epoch_steps", epoch_steps, least=1)
+        self.epoch_steps = whole_or_none("epoch_steps", epoch_steps, least=1)
         self.place = ""  # which block of parameters this is the guard of, for the warning
         self._warned = False  # of the epoch that the next step closes again, see _count
         for name in ("steps", "refused", "last_steps", "last_refused"):
@@ -361,7 +361,7 @@ def check_bounds(option: str, value: Bounds) -> float | dict[str, float] | tuple
         return tuple(
             _bound(f"{option} of task '{position}'", bound) for position, bound in enumerate(several)
         )
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(
             f"option {option} is {value!r}; give a finite number >= 0, or one for each task, as a mapping by name or a "
             "sequence by position."
@@ -370,19 +370,12 @@ def check_bounds(option: str, value: Bounds) -> float | dict[str, float] | tuple
 
 
 def _bound(what: str, value: Any) -> float:
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"{what} is {value!r}; it must be a finite number >= 0.")
     bound = float(value)
     if not (np.isfinite(bound) and bound >= 0):
         raise ValueError(f"{what} is {bound}; it must be a finite number >= 0.")
     return bound
-
-
-def _is_number(value: Any) -> bool:
-    """Also a numpy number and a tensor without dimensions, but neither a truth value nor a complex number."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return value.ndim == 0 and _is_number(value.item())
-    return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
 
 
 def _share(refused: torch.Tensor, steps: torch.Tensor) -> float | None:

@@ -7,7 +7,8 @@ import torch
 from detente.geometry.adam import adam_step
 from detente.geometry.imtl import equal_projections
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import learned_scales, number
+from detente.methods.checks import learned_scales
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, Status, TaskGradients
 

@@ -6,7 +6,8 @@ import torch
 
 from detente.geometry.adam import adam_step
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import learned_scales, number
+from detente.methods.checks import learned_scales
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

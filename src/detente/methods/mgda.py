@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from detente.geometry.simplex import frank_wolfe, minimum_norm_point
-from detente.methods.base import Declaration, Method, one_of
+from detente.methods.base import Declaration, Method
+from detente.methods.options import one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

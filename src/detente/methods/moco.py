@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from detente.geometry.projection import project_onto_simplex
-from detente.methods.base import Declaration, Method, one_of
-from detente.methods.checks import number, sized
+from detente.methods.base import Declaration, Method
+from detente.methods.checks import sized
+from detente.methods.options import number, one_of
 from detente.methods.products import inner_products
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
@@ -84,9 +85,7 @@ class MoCo(Method):
     ) -> None:
         super().__init__()
         self.form = one_of("form", form, ("normalized", "paper"))
-        self.beta = number("beta", beta, above=0)
-        if not beta <= 1:
-            raise ValueError(f"option beta is {beta}; give a number in (0, 1].")
+        self.beta = number("beta", beta, above=0, most=1)
         self.beta_decay = number("beta_decay", beta_decay, least=0)
         self.gamma = number("gamma", gamma, above=0)
         self.gamma_decay = number("gamma_decay", gamma_decay, least=0)

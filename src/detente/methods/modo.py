@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from detente.methods.base import Declaration, Method, one_of
-from detente.methods.checks import number
+from detente.methods.base import Declaration, Method
 from detente.methods.moco import simplex_step
+from detente.methods.options import number, one_of
 from detente.methods.products import inner_products
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients

@@ -7,7 +7,7 @@ import torch
 
 from detente.geometry.equations import fair_weights
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import number
+from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from detente.geometry.surgery import Order, ascending, project_conflicts, shuffled
-from detente.methods.base import Declaration, Method, one_of
+from detente.methods.base import Declaration, Method
+from detente.methods.options import one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from detente.methods.base import Method, one_of
+from detente.methods.base import Method
 from detente.methods.guard import Guard
+from detente.methods.options import one_of
 from detente.methods.wrapping import Wrapper, register_wrapper
 from detente.values import Combination, TaskGradients
 

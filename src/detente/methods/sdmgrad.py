@@ -10,8 +10,8 @@ import torch
 
 from detente.geometry.dual_cone import NOTHING, directed
 from detente.geometry.projection import project_onto_simplex
-from detente.methods.base import Declaration, Method, one_of
-from detente.methods.checks import count, number
+from detente.methods.base import Declaration, Method
+from detente.methods.options import number, one_of, whole
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -73,11 +73,9 @@ class SDMGrad(Method):
         super().__init__()
         self.lambda_ = number("lambda_", lambda_, least=0)
         self.solver = one_of("solver", solver, ("exact", "sgd"))
-        count("steps", steps, least=1)
-        self.steps, self.lr = steps, number("lr", lr, above=0)
-        self.momentum = number("momentum", momentum, least=0)
-        if momentum >= 1:
-            raise ValueError(f"option momentum is {momentum}; give a number below 1.")
+        self.steps = whole("steps", steps, least=1)
+        self.lr = number("lr", lr, above=0)
+        self.momentum = number("momentum", momentum, least=0, below=1)
         if solver == "sgd":
             self.declares = replace(self.declares, needs=frozenset({"gramian", "batches:3"}))
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from detente.geometry.softmax import softmax
-from detente.methods.base import Declaration, Method, Preference, one_of, weight_by_name
-from detente.methods.checks import count, number, positive_losses
+from detente.methods.base import Declaration, Method, Preference, weight_by_name
+from detente.methods.checks import positive_losses
+from detente.methods.options import number, one_of, whole, whole_or_none
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -89,10 +90,8 @@ class STCH(Method):
         super().__init__(preference=preference)
         self.form = one_of("form", form, ("log", "plain"))
         self.mu = number("mu", mu, above=0)
-        self.warmup_epochs = count("warmup_epochs", warmup_epochs, least=0)
-        self.epoch_steps = count("epoch_steps", epoch_steps, least=1)
-        if self.warmup_epochs is None:
-            raise ValueError("option warmup_epochs is None; give a whole number >= 0.")
+        self.warmup_epochs = whole("warmup_epochs", warmup_epochs, least=0)
+        self.epoch_steps = whole_or_none("epoch_steps", epoch_steps, least=1)
         if form == "log" and ideal is not None:
             raise ValueError(
                 "option ideal belongs to form='plain'; form='log' finds its nadir in the warm-up."

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 
 from detente.geometry.adam import adam_step
-from detente.methods.base import Declaration, Method, one_of
-from detente.methods.checks import learned_scales, number
+from detente.methods.base import Declaration, Method
+from detente.methods.checks import learned_scales
+from detente.methods.options import number, one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from detente.methods.base import Declaration, Method, one_of
+from detente.methods.base import Declaration, Method
+from detente.methods.options import one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from detente.methods.adaptive import Adaptive
-from detente.methods.base import Method, one_of
-from detente.methods.checks import count, number, positive_losses
+from detente.methods.base import Method
+from detente.methods.checks import positive_losses
 from detente.methods.guard import EarlyTerminationWarning, Guard, Inexact
+from detente.methods.options import number, one_of, whole
 from detente.methods.per_block import PerBlock
 from detente.methods.wrapping import Wrapper, WrapperInfo, register_wrapper, registered, wrap
 from detente.values import Combination, TaskGradients
@@ -82,10 +83,7 @@ class Every(Wrapper):
 
     def __init__(self, method: Method, *, k: int = 5) -> None:
         super().__init__(method)
-        checked = count("k", k, least=1)
-        if checked is None:
-            raise ValueError("option k is None; give a whole number >= 1.")
-        self.k = checked
+        self.k = whole("k", k, least=1)
         self.register_buffer("age", torch.zeros((), dtype=torch.int64))
         self.register_buffer("asked", torch.zeros((), dtype=torch.bool))
         self.derive(stateful=True, nonconflict=False, stationary=None)
@@ -167,9 +165,7 @@ class Smooth(Wrapper):
 
     def __init__(self, method: Method, *, beta: float = 0.9) -> None:
         super().__init__(method)
-        self.beta = number("beta", beta, least=0)
-        if not beta < 1:
-            raise ValueError(f"option beta is {beta}; give a number in [0, 1).")
+        self.beta = number("beta", beta, least=0, below=1)
         self.derive(stateful=True, nonconflict=False, stationary=None)
 
     def allocate(self, tasks: int) -> None:
