@@ -16,7 +16,7 @@ from detente.linesearch.armijo import ROUNDING
 from detente.linesearch.engine import as_tensors
 from detente.linesearch.moments import KINDS, Kind
 from detente.methods import Method
-from detente.methods.arguments import one_of
+from detente.methods.options import one_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 
 from detente.autograd.entries import real
+from detente.methods.options import number
 from detente.optim.balance import Gauge, TaskBalance
 from detente.optim.groups import read_groups
 from detente.optim.kernels import Bundle, Rule, contribution_means, mean_size
-from detente.optim.options import number
 from detente.optim.streams import Taken, columns_by_task, full_precision
 
 # The optimizers whose update this room knows how to share out.
@@ -77,8 +76,7 @@ class Contributions:
                 f"{type(inner).__name__} is neither torch.optim.Adam nor AdamW. Contributions follow from the form of "
                 "their update, which others change."
             )
-        if not 0 < number("tolerance", tolerance) < math.inf:
-            raise ValueError(f"option tolerance is {tolerance}; give a finite number > 0.")
+        number("tolerance", tolerance, above=0)
         self.optimizer, self.tolerance = inner, tolerance
         self.tasks: tuple[str, ...] = ()
         _, named = read_groups(shared, "shared", "shared")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast, final
 import torch
 
 from detente.methods import Method
-from detente.methods.arguments import one_of
+from detente.methods.options import one_of
 from detente.optim.base import TaskOptimizer, Update
 from detente.optim.kernels import (
     Bundle,

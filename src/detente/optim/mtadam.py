@@ -8,9 +8,9 @@ from typing import Any, final
 import torch
 
 from detente.autograd.entries import real
+from detente.methods.options import number
 from detente.optim.base import TaskOptimizer, Update
 from detente.optim.kernels import Bundle, Rule, advance, fresh_moments, mean_size, scaled
-from detente.optim.options import number
 
 
 @final
@@ -74,8 +74,7 @@ class MTAdam(TaskOptimizer):
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)
-        if not 0 <= number("norm_beta", options.get("norm_beta", 0.0)) < 1:
-            raise ValueError(f"option norm_beta is {options['norm_beta']}; give a number in [0, 1).")
+        number("norm_beta", options.get("norm_beta", 0.0), least=0, below=1)
 
     def _fresh(self, parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         # A plain number: a tensor would be cast to the parameter's dtype by torch when a state is loaded.
