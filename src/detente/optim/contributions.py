@@ -179,8 +179,9 @@ class Contributions:
         return balance
 
     def state_dict(self) -> dict[str, Any]:
-        """The tasks' moments and what was seen of the optimizer, by position in ``shared``; a copy."""
+        """Save the tasks' moments and what was seen of the optimizer, with the parameters' names; a copy."""
         return {
+            "names": list(self._names.values()),
             "tasks": list(self.tasks),
             "seen": list(self._seen.values()),
             "whole": list(self._whole.values()),
@@ -191,22 +192,24 @@ class Contributions:
         """Go on from a saved state, beside an optimizer that goes on from its own.
 
         Raises:
-            ValueError: it was saved for another number of parameters, or they have other shapes.
+            ValueError: it was saved for other parameters, by number, name or shape.
         """
-        saved = state_dict["moments"]
-        fits = len(saved) == len(self._names) and all(
-            moment.shape == real(parameter).shape
-            for parameter, kept in zip(self._names, saved, strict=True)
-            for moment in kept.values()
-        )
-        if not fits:
+        saved, ours = state_dict["moments"], list(self._names.values())
+        # A state of an earlier version, and names that occur twice: by position.
+        named = len(set(ours)) == len(ours)
+        theirs = state_dict.get("names", ours) if named else [str(at) for at in range(len(ours))]
+        ours = ours if named else theirs
+        if len(saved) != len(ours) or sorted(theirs) != sorted(ours):
+            raise ValueError("the saved state is for other shared parameters.")
+        place = {parameter: theirs.index(name) for parameter, name in zip(self._names, ours, strict=True)}
+        if any(moment.shape != real(p).shape for p, at in place.items() for moment in saved[at].values()):
             raise ValueError("the saved state is for other shared parameters.")
         self.tasks = tuple(state_dict["tasks"])
-        self._seen = dict(zip(self._names, state_dict["seen"], strict=True))
-        self._whole = dict(zip(self._names, state_dict["whole"], strict=True))
+        self._seen = {parameter: state_dict["seen"][at] for parameter, at in place.items()}
+        self._whole = {parameter: state_dict["whole"][at] for parameter, at in place.items()}
         self._moments = {
-            parameter: {task: moment.to(parameter.device, copy=True) for task, moment in kept.items()}
-            for parameter, kept in zip(self._names, saved, strict=True)
+            parameter: {task: moment.to(parameter.device, copy=True) for task, moment in saved[at].items()}
+            for parameter, at in place.items()
         }
 
     def _look(

@@ -9,8 +9,9 @@ import torch
 
 from detente.autograd.entries import real
 from detente.methods.options import number
-from detente.optim.base import TaskOptimizer, Update
+from detente.optim.base import TaskOptimizer
 from detente.optim.kernels import Bundle, Rule, advance, fresh_moments, mean_size, scaled
+from detente.optim.update import Update
 
 
 @final
@@ -85,12 +86,11 @@ class MTAdam(TaskOptimizer):
     ) -> None:
         norms, ratios = {}, {}
         for bundle in bundles:  # nothing has moved before
-            of_bundle = [lengths[layer] for layer in bundle.parameters]
-            for layer, state, length in zip(bundle.parameters, bundle.states, of_bundle, strict=True):
+            for layer, state in zip(bundle.parameters, bundle.states, strict=True):
                 beta = float(update.group_of[layer]["norm_beta"])
-                norms[layer] = beta * state["norm"] + (1 - beta) * length
+                norms[layer] = beta * state["norm"] + (1 - beta) * lengths[layer]
                 ratios[layer] = self._ratio(layer, task, norms[layer], update)
-            self._check_range(task, bundle, of_bundle, update, [ratios[layer] for layer in bundle.parameters])
+            self._check_range(task, bundle, lengths, update, ratios)
         for bundle in bundles:
             averages = zip(bundle.exp_avgs, bundle.exp_avg_sqs, strict=True)
             for layer, state, gradient, (mean, square) in zip(
