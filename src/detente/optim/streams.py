@@ -53,9 +53,18 @@ Share = tuple[str, Gradients, Gradients]
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch ``torch.autocast`` off inside, and drop the casts that it caches of parameters: they are about to move."""
+    """Switch ``torch.autocast`` off inside; as a decorator or a context.
+
+    Where it was on, the casts that it caches of parameters are dropped at the end: the parameters have moved.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), full_precision():
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
     with ExitStack() as stack:
-        for kind in {"cpu", *(torch.accelerator.current_accelerator() or torch.device("cpu")).type.split()}:
+        accelerator = torch.accelerator.current_accelerator()
+        for kind in ("cpu",) if accelerator is None else ("cpu", accelerator.type):
             if torch.is_autocast_enabled(kind):
                 stack.callback(torch.clear_autocast_cache)
                 stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=False))
@@ -124,7 +133,11 @@ def read(
 
 
 def streamed(request: Request) -> Iterator[Share]:
-    """Take one task's gradients after the other; each is let go before the next backward."""
+    """Take one task's gradients after the other; each is let go before the next backward.
+
+    Args:
+        request: what to take; its graph is used up.
+    """
     inputs, last = [*request.shared, *request.specific], len(request.names) - 1
     for place, (name, loss) in enumerate(zip(request.names, request.losses, strict=True)):
         found = gradients_of([loss], inputs, None, retain_graph=place < last)
@@ -208,7 +221,11 @@ def altered(request: Request, method: Method, workspace: Memory) -> tuple[StepRe
 
 
 def columns_by_task(taken: Taken) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """View the rows of a Jacobian as gradients: for each parameter those of all tasks, by name."""
+    """View the rows of a Jacobian as gradients: for each parameter those of all tasks, by name.
+
+    Args:
+        taken: of :func:`detente.task_gradients`, with a Jacobian.
+    """
     gradients, columns = taken.gradients, taken.graph.columns
     assert gradients.jacobian is not None
     found: dict[torch.Tensor, dict[str, torch.Tensor]] = {parameter: {} for parameter in columns}
