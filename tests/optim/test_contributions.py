@@ -198,6 +198,30 @@ def test_a_saved_state_goes_on() -> None:
         Contributions(resumed, other.trunk).load_state_dict(contributions.state_dict())
 
 
+def test_a_saved_state_finds_its_parameters_by_name() -> None:
+    """The same two layers, of one shape, handed over in another order."""
+    first, second = nn.Parameter(torch.tensor([1.0, -2.0])), nn.Parameter(torch.tensor([3.0, 1.0]))
+    optimizer = torch.optim.Adam([first, second], lr=0.1)
+    one = Contributions(optimizer, [("first", first), ("second", second)])
+    given = {"a": (3 * first).sum(), "b": first.sum() + (7 * second).sum()}
+    taken = detente.task_gradients(given, shared=[first, second])
+    detente.apply(taken, detente.create("uniform").combine(taken.gradients), scale="sum")
+    optimizer.step()
+    one.measure(taken, [1.0, 1.0])
+    other = Contributions(optimizer, [("second", second), ("first", first)])
+    other.load_state_dict(one.state_dict())
+    assert set(other._moments[second]) == set(one._moments[second])
+    for parameter, kept in one._moments.items():
+        for task, moment in kept.items():
+            assert torch.equal(other._moments[parameter][task], moment)
+    earlier = {key: value for key, value in one.state_dict().items() if key != "names"}
+    same = Contributions(optimizer, [("first", first), ("second", second)])
+    same.load_state_dict(earlier)  # by position
+    assert torch.equal(same._moments[first]["a"], one._moments[first]["a"])
+    with pytest.raises(ValueError, match="other shared parameters"):
+        Contributions(optimizer, [("first", first), ("third", second)]).load_state_dict(one.state_dict())
+
+
 def test_what_cannot_be_measured_is_said_and_changes_nothing() -> None:
     model = Model()
     shared = [p for module in model.shared for p in module.parameters()]

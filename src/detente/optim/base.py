@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ from detente.optim.kernels import (
     subtract,
 )
 from detente.optim.options import ROLES, check_options
-from detente.optim.saved import check_kind, check_moments, fit
+from detente.optim.saved import check_current, check_kind, check_moments, fit, misfit
 from detente.optim.streams import (
     Gradients,
     Losses,
@@ -42,36 +42,8 @@ from detente.optim.streams import (
     read,
     streamed,
 )
+from detente.optim.update import Update
 from detente.values import StepRecord
-
-
-@dataclass
-class Update:
-    """One step under way.
-
-    Attributes:
-        group_of: the group of every parameter.
-        gauge: collects contributions, None if they are not measured.
-        touched: shared parameters some task's moments took a gradient of, each with those tasks.
-        own: task-specific parameters with the sum of their gradients.
-        owner: a task that reached each of them.
-        taken: the tasks whose gradients were taken.
-    """
-
-    group_of: dict[torch.Tensor, dict[str, Any]]
-    gauge: Gauge | None
-    touched: dict[torch.Tensor, list[str]] = field(default_factory=dict)
-    own: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
-    owner: dict[torch.Tensor, str] = field(default_factory=dict)
-    taken: list[str] = field(default_factory=list)
-
-    def groups(self) -> Iterable[tuple[dict[str, Any], list[torch.Tensor]]]:
-        """Give the parameters that move, group by group."""
-        found: dict[int, tuple[dict[str, Any], list[torch.Tensor]]] = {}
-        for parameter in (*self.touched, *self.own):
-            group = self.group_of[parameter]
-            found.setdefault(id(group), (group, []))[1].append(parameter)
-        return found.values()
 
 
 class TaskOptimizer(torch.optim.Optimizer, ABC):
@@ -199,7 +171,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         shared, specific = (
             [parameter for parameter, group in group_of.items() if group["role"] == role] for role in ROLES
         )
-        self._check_moments(group_of)
+        check_current(self.state, group_of, self._name_of)
         request = read(losses, (shared, specific), self._workspace, process_group, samples, self.tasks)
         tasks = known_tasks(self.tasks, request.names, closed=self._closed)
         check_losses(request.names, request.values)
@@ -388,7 +360,8 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         moves: dict[torch.Tensor, torch.Tensor] = {}
         bundles = self._bundles(update.own.items(), None, update)
         for bundle in bundles:
-            self._check_range(None, bundle, norms(bundle.gradients), update)
+            lengths = dict(zip(bundle.parameters, norms(bundle.gradients), strict=True))
+            self._check_range(None, bundle, lengths, update)
         for bundle in bundles:
             zeros = [torch.zeros_like(square) for square in bundle.exp_avg_sqs]
             subtract(bundle, zeros)
@@ -416,18 +389,16 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
         self,
         task: str | None,
         bundle: Bundle,
-        lengths: Iterable[float],
+        lengths: Mapping[torch.Tensor, float],
         update: Update,
-        ratios: Iterable[float] | None = None,
+        ratios: Mapping[torch.Tensor, float] | None = None,
     ) -> None:
         """Refuse gradients, times ``ratios`` where given, whose squares the averages cannot hold."""
-        factors = [1.0] * len(bundle.gradients) if ratios is None else ratios
         limit = math.sqrt(torch.finfo(bundle.exp_avg_sqs[0].dtype).max)
-        for parameter, gradient, length, factor in zip(
-            bundle.parameters, bundle.gradients, lengths, factors, strict=True
-        ):
+        for parameter, gradient in zip(bundle.parameters, bundle.gradients, strict=True):
+            factor = 1.0 if ratios is None else ratios[parameter]
             # No entry is larger than the whole.
-            if length * factor <= limit or float(largest_entry(gradient)) * factor <= limit:
+            if lengths[parameter] * factor <= limit or float(largest_entry(gradient)) * factor <= limit:
                 continue
             rescaled, whose = (
                 ("", "this") if ratios is None else (", rescaled to the first task's length,", "the first")
@@ -454,7 +425,7 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
                 state.update(fresh_moments(parameter) if task is None else self._fresh(parameter, group))
             square, entries = real(state["exp_avg_sq"]), real(dense(gradient))
             if entries.shape != square.shape:
-                raise self._misfit(parameter)
+                raise misfit(self._name_of(parameter))
             key = (id(group), state["step"], square.device, square.dtype)
             if key not in found:
                 rule = Rule.of(group, "adam" if task is None else self._form(group))
@@ -471,18 +442,16 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
     def _forget(self) -> None:
         """Drop the moments that a failed step made: they may be of a task whose name was mistyped."""
         for parameter, kept in list(self.state.items()):
-            for task in [
-                key for key, value in kept.items() if isinstance(value, dict) and not value.get("step")
-            ]:
+            new = [task for task, value in kept.items() if isinstance(value, dict) and not value.get("step")]
+            for task in new:
                 del kept[task]
-            if not kept.get("step", any(isinstance(value, dict) for value in kept.values())):
+            if not kept or kept.get("step") == 0:
                 del self.state[parameter]
 
     def _standing(self, taken: Sequence[str]) -> str:
         """Say what a step has changed that fails after the gradients of the tasks ``taken`` were taken in."""
-        before = [
-            repr(task) for task in taken if self._remembers(task)
-        ]  # the moments of others are dropped again
+        # The moments of others are dropped again.
+        before = [repr(task) for task in taken if self._remembers(task)]
         if not before:
             return "Nothing was changed."
         return (
@@ -497,30 +466,6 @@ class TaskOptimizer(torch.optim.Optimizer, ABC):
             self.state.get(p, {}) for g in self.param_groups if g["role"] == ROLES[0] for p in g["params"]
         )
         return any(task in kept and kept[task]["step"] > 0 for kept in states)
-
-    def _check_moments(self, group_of: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
-        """Refuse parameters of another shape or device than their moments: kernels do not look."""
-        for parameter, group in group_of.items():
-            kept = self.state.get(parameter)
-            if not kept:
-                continue
-            shape, device = parameter.shape, parameter.device
-            for moments in [kept] if group["role"] == ROLES[1] else kept.values():
-                square = moments["exp_avg_sq"]
-                if square.shape != shape or moments.get("exp_avg", square).shape != shape:
-                    raise self._misfit(parameter)
-                if square.device != device:
-                    raise ValueError(
-                        f"parameter {self._name_of(parameter)} is on {device}, and its moments on {square.device}. Let "
-                        "them follow with optimizer.load_state_dict(optimizer.state_dict()). Nothing was changed."
-                    )
-
-    def _misfit(self, parameter: torch.Tensor) -> ValueError:
-        return ValueError(
-            f"parameter {self._name_of(parameter)} has another shape than its moments or its gradient. Make a new "
-            "optimizer, or delete optimizer.state[parameter], and compute the losses after the change. The parameters "
-            "were not changed."
-        )
 
     def _check_new(self, group: Mapping[str, Any], named: Iterable[tuple[str, torch.Tensor]]) -> None:
         role_of = {parameter: old["role"] for old in self.param_groups for parameter in old["params"]}

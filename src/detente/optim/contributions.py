@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 
 from detente.autograd.entries import real
+from detente.methods.options import number
 from detente.optim.balance import Gauge, TaskBalance
 from detente.optim.groups import read_groups
 from detente.optim.kernels import Bundle, Rule, contribution_means, mean_size
-from detente.optim.options import number
 from detente.optim.streams import Taken, columns_by_task, full_precision
 
 # The optimizers whose update this room knows how to share out.
@@ -77,8 +76,7 @@ class Contributions:
                 f"{type(inner).__name__} is neither torch.optim.Adam nor AdamW. Contributions follow from the form of "
                 "their update, which others change."
             )
-        if not 0 < number("tolerance", tolerance) < math.inf:
-            raise ValueError(f"option tolerance is {tolerance}; give a finite number > 0.")
+        number("tolerance", tolerance, above=0)
         self.optimizer, self.tolerance = inner, tolerance
         self.tasks: tuple[str, ...] = ()
         _, named = read_groups(shared, "shared", "shared")
@@ -183,8 +181,9 @@ class Contributions:
         return balance
 
     def state_dict(self) -> dict[str, Any]:
-        """The tasks' moments and what was seen of the optimizer, by position in ``shared``; a copy."""
+        """Save the tasks' moments and what was seen of the optimizer, with the parameters' names; a copy."""
         return {
+            "names": list(self._names.values()),
             "tasks": list(self.tasks),
             "seen": list(self._seen.values()),
             "whole": list(self._whole.values()),
@@ -195,22 +194,24 @@ class Contributions:
         """Go on from a saved state, beside an optimizer that goes on from its own.
 
         Raises:
-            ValueError: it was saved for another number of parameters, or they have other shapes.
+            ValueError: it was saved for other parameters, by number, name or shape.
         """
-        saved = state_dict["moments"]
-        fits = len(saved) == len(self._names) and all(
-            moment.shape == real(parameter).shape
-            for parameter, kept in zip(self._names, saved, strict=True)
-            for moment in kept.values()
-        )
-        if not fits:
+        saved, ours = state_dict["moments"], list(self._names.values())
+        # A state of an earlier version, and names that occur twice: by position.
+        named = len(set(ours)) == len(ours)
+        theirs = state_dict.get("names", ours) if named else [str(at) for at in range(len(ours))]
+        ours = ours if named else theirs
+        if len(saved) != len(ours) or sorted(theirs) != sorted(ours):
+            raise ValueError("the saved state is for other shared parameters.")
+        place = {parameter: theirs.index(name) for parameter, name in zip(self._names, ours, strict=True)}
+        if any(moment.shape != real(p).shape for p, at in place.items() for moment in saved[at].values()):
             raise ValueError("the saved state is for other shared parameters.")
         self.tasks = tuple(state_dict["tasks"])
-        self._seen = dict(zip(self._names, state_dict["seen"], strict=True))
-        self._whole = dict(zip(self._names, state_dict["whole"], strict=True))
+        self._seen = {parameter: state_dict["seen"][at] for parameter, at in place.items()}
+        self._whole = {parameter: state_dict["whole"][at] for parameter, at in place.items()}
         self._moments = {
-            parameter: {task: moment.to(parameter.device, copy=True) for task, moment in kept.items()}
-            for parameter, kept in zip(self._names, saved, strict=True)
+            parameter: {task: moment.to(parameter.device, copy=True) for task, moment in saved[at].items()}
+            for parameter, at in place.items()
         }
 
     def _look(

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, cast, final
 import torch
 
 from detente.methods import Method
-from detente.methods.arguments import one_of
-from detente.optim.base import TaskOptimizer, Update
+from detente.methods.options import one_of
+from detente.optim.base import TaskOptimizer
 from detente.optim.kernels import (
     Bundle,
     Form,
@@ -19,6 +19,7 @@ from detente.optim.kernels import (
     mean_size,
     subtract,
 )
+from detente.optim.update import Update
 
 
 @final
@@ -141,7 +142,7 @@ class MAO(TaskOptimizer):
         self, task: str, bundles: Sequence[Bundle], lengths: Mapping[torch.Tensor, float], update: Update
     ) -> None:
         for bundle in bundles:  # nothing has moved before
-            self._check_range(task, bundle, [lengths[layer] for layer in bundle.parameters], update)
+            self._check_range(task, bundle, lengths, update)
         for bundle in bundles:
             subtract(bundle, self._targets(bundle, update))
             if update.gauge is not None:

@@ -8,9 +8,10 @@ from typing import Any, final
 import torch
 
 from detente.autograd.entries import real
-from detente.optim.base import TaskOptimizer, Update
+from detente.methods.options import number
+from detente.optim.base import TaskOptimizer
 from detente.optim.kernels import Bundle, Rule, advance, fresh_moments, mean_size, scaled
-from detente.optim.options import number
+from detente.optim.update import Update
 
 
 @final
@@ -74,8 +75,7 @@ class MTAdam(TaskOptimizer):
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)
-        if not 0 <= number("norm_beta", options.get("norm_beta", 0.0)) < 1:
-            raise ValueError(f"option norm_beta is {options['norm_beta']}; give a number in [0, 1).")
+        number("norm_beta", options.get("norm_beta", 0.0), least=0, below=1)
 
     def _fresh(self, parameter: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         # A plain number: a tensor would be cast to the parameter's dtype by torch when a state is loaded.
@@ -86,12 +86,11 @@ class MTAdam(TaskOptimizer):
     ) -> None:
         norms, ratios = {}, {}
         for bundle in bundles:  # nothing has moved before
-            of_bundle = [lengths[layer] for layer in bundle.parameters]
-            for layer, state, length in zip(bundle.parameters, bundle.states, of_bundle, strict=True):
+            for layer, state in zip(bundle.parameters, bundle.states, strict=True):
                 beta = float(update.group_of[layer]["norm_beta"])
-                norms[layer] = beta * state["norm"] + (1 - beta) * length
+                norms[layer] = beta * state["norm"] + (1 - beta) * lengths[layer]
                 ratios[layer] = self._ratio(layer, task, norms[layer], update)
-            self._check_range(task, bundle, of_bundle, update, [ratios[layer] for layer in bundle.parameters])
+            self._check_range(task, bundle, lengths, update, ratios)
         for bundle in bundles:
             averages = zip(bundle.exp_avgs, bundle.exp_avg_sqs, strict=True)
             for layer, state, gradient, (mean, square) in zip(

@@ -14,7 +14,7 @@ _ADVICE = "Give what state_dict() of such an optimizer returned. Nothing was cha
 
 
 def check_kind(saved: Any, kind: str) -> None:
-    """See that it is the state of an optimizer of the class ``kind``.
+    """Refuse what is not the state of an optimizer of the class ``kind``.
 
     Raises:
         TypeError: it is no mapping.
@@ -39,7 +39,7 @@ def check_kind(saved: Any, kind: str) -> None:
 def check_moments(
     saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], name_of: Callable[[torch.Tensor], str]
 ) -> None:
-    """See that the groups have the same roles and sizes, and every tensor the shape of its parameter.
+    """Refuse other groups: they must have the same roles and sizes, every tensor the shape of its parameter.
 
     torch checks the sizes alone, and kernels do not look at shapes at all: moments of others would be read and written
     beyond their memory.
@@ -91,6 +91,38 @@ def _check_tensors(
                 f"parameter {name} has the shape {list(parameter.shape)}, and its saved {key}{whose} "
                 f"{list(value.shape)}: the state is of another network. Nothing was changed."
             )
+
+
+def check_current(
+    state: Mapping[torch.Tensor, Mapping[str, Any]],
+    group_of: Mapping[torch.Tensor, Mapping[str, Any]],
+    name_of: Callable[[torch.Tensor], str],
+) -> None:
+    """Refuse parameters of another shape or device than their moments: kernels do not look.
+
+    Raises:
+        ValueError: something differs; the parameter is named.
+    """
+    for parameter, group in group_of.items():
+        kept = state.get(parameter, {})
+        shape, device = parameter.shape, parameter.device
+        for moments in [kept] if kept and group["role"] == ROLES[1] else kept.values():
+            square = moments["exp_avg_sq"]
+            if square.shape != shape or moments.get("exp_avg", square).shape != shape:
+                raise misfit(name_of(parameter))
+            if square.device != device:
+                raise ValueError(
+                    f"parameter {name_of(parameter)} is on {device}, and its moments on {square.device}. Let them "
+                    "follow with optimizer.load_state_dict(optimizer.state_dict()). Nothing was changed."
+                )
+
+
+def misfit(name: str) -> ValueError:
+    """Make the error of a parameter whose shape has changed."""
+    return ValueError(
+        f"parameter {name} has another shape than its moments or its gradient. Make a new optimizer, or delete "
+        "optimizer.state[parameter], and compute the losses after the change. The parameters were not changed."
+    )
 
 
 def fit(parameter: torch.Tensor, moments: dict[str, Any]) -> None:

@@ -110,7 +110,11 @@ def read(
 
 
 def streamed(request: TaskLosses) -> Iterator[Share]:
-    """Take one task's gradients after the other; each is let go before the next backward."""
+    """Take one task's gradients after the other; each is let go before the next backward.
+
+    Args:
+        request: what to take; its graph is used up.
+    """
     inputs, last = [*request.shared, *request.specific], len(request.names) - 1
     for place, (name, loss) in enumerate(zip(request.names, request.losses, strict=True)):
         found = gradients_of([loss], inputs, None, retain_graph=place < last)
@@ -201,7 +205,11 @@ def _step(request: TaskLosses, method: Method, workspace: Memory) -> Step:
 
 
 def columns_by_task(taken: Taken) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    """View the rows of a Jacobian as gradients: for each parameter those of all tasks, by name."""
+    """View the rows of a Jacobian as gradients: for each parameter those of all tasks, by name.
+
+    Args:
+        taken: of :func:`detente.task_gradients`, with a Jacobian.
+    """
     gradients, columns = taken.gradients, taken.columns
     assert gradients.jacobian is not None
     found: dict[torch.Tensor, dict[str, torch.Tensor]] = {parameter: {} for parameter in columns}
