@@ -11,10 +11,10 @@ from torch import nn
 from twins.engine import Spy, Weighting
 
 import detente
-from detente.autograd.layout import Layout, accumulate, finite, probes
 from detente.autograd.gramian import gramian
-from detente.autograd.host import to_host
 from detente.autograd.graph import gradient_edge, walk
+from detente.autograd.host import to_host
+from detente.autograd.layout import Layout, accumulate, finite, probes
 from detente.autograd.roles import Memory, as_tensors
 
 

@@ -71,7 +71,9 @@ def _mode_on_parameters(plan: Plan, mode: str) -> None:
         loss for loss in losses.values() if any(gradient(loss, parameter) is not None for parameter in shared)
     ]
     jacobian = (
-        torch.stack([row(loss, shared[-2:] if mode == "layer" else shared) for loss in inside]) if shared else None
+        torch.stack([row(loss, shared[-2:] if mode == "layer" else shared) for loss in inside])
+        if shared
+        else None
     )
     record = detente.backward(losses, method, **options)
     assert_grads(pool.parameters, want)
@@ -116,7 +118,7 @@ def test_features_anywhere(plan: Plan, spied: bool) -> None:
         assert all(parameter.grad is None for parameter in pool.parameters)
         return
     if not any(depends):
-        with pytest.raises(ValueError, match="no loss .* depends on features="):
+        with pytest.raises(ValueError, match=r"no loss .* depends on features="):
             detente.backward(losses, method, features=features)
         assert all(parameter.grad is None for parameter in pool.parameters)
         return

@@ -1,4 +1,4 @@
-"""What ``.grad`` looks like: the strides torch's own backward gives, sparse where torch's is, and whole or untouched."""
+"""What ``.grad`` looks like: the strides of torch's own backward, sparse where torch's is, whole or untouched."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PATHS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", LEAVES)
 def test_strides_are_those_of_a_plain_backward(kind: str, path: str, name: str, shared: bool) -> None:
-    """Along axes with more than one entry: the strides of the others mean nothing, and torch leaves them as they come."""
+    """Along axes with more than one entry: the strides of the others mean nothing, and torch leaves them so."""
     torch.manual_seed(0)
     base = LEAVES[kind]()
     strides, values = [], []
@@ -75,7 +75,9 @@ def test_strides_are_those_of_a_plain_backward(kind: str, path: str, name: str, 
 def _network(kind: str) -> nn.ModuleDict:
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-    network = nn.ModuleDict({"trunk": trunk, "a": nn.Conv2d(8, 2, 3), "b": nn.Conv2d(8, 1, 3), "c": nn.Linear(8, 8)})
+    network = nn.ModuleDict(
+        {"trunk": trunk, "a": nn.Conv2d(8, 2, 3), "b": nn.Conv2d(8, 1, 3), "c": nn.Linear(8, 8)}
+    )
     if kind == "channels_last":
         return network.to(memory_format=torch.channels_last)
     network["c"].weight = nn.Parameter(network["c"].weight.detach().t())
@@ -269,7 +271,9 @@ SPOILED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception]
 @pytest.mark.parametrize("name", ["mgda", "uniform"])
 @pytest.mark.parametrize("place", range(6))
 @pytest.mark.parametrize("spoiled", SPOILED)
-def test_a_failure_while_grad_is_written_leaves_nothing_half_added(spoiled: str, place: int, name: str) -> None:
+def test_a_failure_while_grad_is_written_leaves_nothing_half_added(
+    spoiled: str, place: int, name: str
+) -> None:
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
     heads = nn.ModuleList([nn.Linear(4, 2) for _ in range(2)])

@@ -1,4 +1,4 @@
-"""Training loops around the step: refused steps under a gradient scaler, and modules with buffers under checkpointing."""
+"""Loops around the step: refused steps under a gradient scaler, and modules with buffers under checkpointing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ def _network() -> tuple[nn.Linear, nn.ModuleList]:
 
 
 def _train(
-    space: str, *, guarded: bool, scaled: bool, two: bool = False, calls: int = 1, zero: Callable[..., None] | None = None
+    space: str,
+    *,
+    guarded: bool,
+    scaled: bool,
+    two: bool = False,
+    calls: int = 1,
+    zero: Callable[..., None] | None = None,
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Run the documented loop; every parameter after each batch, and the scaler's factor.
 
@@ -37,7 +43,9 @@ def _train(
     """
     trunk, heads = _network()
     parameters = [*trunk.parameters(), *heads.parameters()]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+    ]
     if two:
         optimizers = [
             torch.optim.SGD(trunk.parameters(), lr=0.1, momentum=0.9),
@@ -75,7 +83,9 @@ def _train(
 @pytest.mark.parametrize("two", [False, True])
 @pytest.mark.parametrize("space", ["exact", "features", "layer"])
 @pytest.mark.parametrize("guarded", [True, False])
-def test_refused_steps_under_a_scaler_are_those_without_one(guarded: bool, space: str, two: bool, calls: int) -> None:
+def test_refused_steps_under_a_scaler_are_those_without_one(
+    guarded: bool, space: str, two: bool, calls: int
+) -> None:
     scaled, factors = _train(space, guarded=guarded, scaled=True, two=two, calls=calls)
     plain, _ = _train(space, guarded=True, scaled=False, two=two, calls=calls)
     for refused, before, after in zip(ORDER[1:], scaled, scaled[1:], strict=False):
@@ -231,7 +241,9 @@ def test_buffers_and_gradients_are_those_of_a_plain_backward(kind: str, mode: st
     plain, network = _beside_a_plain_backward(kind, mode)
     moved = 0
     fresh = Reckoner(kind)
-    for (name, buffer), other, start in zip(network.named_buffers(), plain.buffers(), fresh.buffers(), strict=True):
+    for (name, buffer), other, start in zip(
+        network.named_buffers(), plain.buffers(), fresh.buffers(), strict=True
+    ):
         assert torch.equal(buffer, other), name
         moved += not torch.equal(buffer, start)
     assert moved
@@ -239,7 +251,9 @@ def test_buffers_and_gradients_are_those_of_a_plain_backward(kind: str, mode: st
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("batched", "layer")])
 @pytest.mark.parametrize("kind", ["heads with a common norm", "inputs of every task's own"])
-def test_a_module_in_regions_of_different_tasks_moves_as_often_as_in_a_plain_backward(kind: str, mode: str) -> None:
+def test_a_module_in_regions_of_different_tasks_moves_as_often_as_in_a_plain_backward(
+    kind: str, mode: str
+) -> None:
     """In the order of the tasks, where a plain backward begins with the last: the counts agree, not the last digits."""
     plain, network = _beside_a_plain_backward(kind, mode)
     counts = [{n: int(b) for n, b in one.named_buffers() if "tracked" in n} for one in (network, plain)]

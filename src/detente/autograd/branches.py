@@ -43,9 +43,7 @@ class Branches(Mapping[str, Representation]):
 
     def edges(self) -> list[Edge]:
         """Return where each branch begins in the graph, in the order of names and tensors."""
-        return [
-            gradient_edge(part) for parts in self._of.values() for part in parts if part.requires_grad
-        ]
+        return [gradient_edge(part) for parts in self._of.values() for part in parts if part.requires_grad]
 
     def of(self, features: Sequence[torch.Tensor]) -> Branches:
         """Return branches for the same tasks of another representation, for example one that a search has moved."""
@@ -87,7 +85,9 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
         raise TypeError(f"branch takes a tensor or a sequence of tensors, got {type(z).__name__}.")
     for part in given:
         if not isinstance(part, torch.Tensor):
-            raise TypeError(f"branch takes a tensor or a sequence of tensors; one entry is a {type(part).__name__}.")
+            raise TypeError(
+                f"branch takes a tensor or a sequence of tensors; one entry is a {type(part).__name__}."
+            )
     if len({id(part) for part in given}) < len(given):
         raise ValueError("branch was given the same tensor twice; the heads can read its branch twice.")
     if isinstance(names, str) or not isinstance(names, (int, Iterable)):

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from detente.autograd.layout import Layout
 from detente.autograd.entries import dense, real
 from detente.autograd.gramian import gramian
-from detente.autograd.roles import Memory
+from detente.autograd.layout import Layout
 from detente.autograd.ranks import Ranks
+from detente.autograd.roles import Memory
 
 Groups = list[list[torch.Tensor]]
 

@@ -255,7 +255,11 @@ def gathered(found: FeaturesPass) -> FeaturesPass:
         before = int(table[: ranks.rank, place].sum())
         mine.append(torch.arange(first + before, first + before + width, device=jacobian.device))
         start, first = start + width, first + int(table[:, place].sum())
-    changes: dict[str, Any] = {"jacobian": torch.cat(wholes[0], dim=1), "mine": torch.cat(mine), "partial": False}
+    changes: dict[str, Any] = {
+        "jacobian": torch.cat(wholes[0], dim=1),
+        "mine": torch.cat(mine),
+        "partial": False,
+    }
     if found.activations is not None:
         changes["activations"] = torch.cat(wholes[1], dim=1)[0]
     return replace(found, **changes)

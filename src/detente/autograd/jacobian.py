@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from detente.autograd.graph import gradient_edge
 from detente.autograd.gramian import block_gramians, gramian
+from detente.autograd.graph import gradient_edge
 from detente.autograd.layout import Gradients, Layout, gradients_of, lay, present, seeds_of
 from detente.autograd.ranks import Ranks
 from detente.autograd.roles import Roles, settle

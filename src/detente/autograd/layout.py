@@ -132,9 +132,7 @@ def gradients_of(
     if not inputs or not outputs:
         return [None] * len(inputs)
     try:
-        return list(
-            torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True)
-        )
+        return list(torch.autograd.grad(outputs, inputs, seeds, retain_graph=retain_graph, allow_unused=True))
     except RuntimeError as error:
         if "donated buffer" not in str(error):
             raise
@@ -304,6 +302,6 @@ def _check_fits(tensor: torch.Tensor, there: torch.Tensor, gradient: torch.Tenso
     if expanded or (there.is_inference() and not torch.is_inference_mode_enabled()):
         kind = "an expanded tensor" if expanded else "a tensor made under torch.inference_mode()"
         raise ValueError(
-            f"a parameter of shape {tuple(tensor.shape)} has {kind} for a .grad, to which nothing can be added. Nothing "
-            "was changed; set .grad to None first (optimizer.zero_grad())."
+            f"a parameter of shape {tuple(tensor.shape)} has {kind} for a .grad, to which nothing can be added. "
+            "Nothing was changed; set .grad to None first (optimizer.zero_grad())."
         )

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from detente.autograd.layout import Gradients, finite, probes
 from detente.autograd.host import to_host
+from detente.autograd.layout import Gradients, finite, probes
 
 
 class GradientNotFinite(ValueError):

@@ -29,7 +29,6 @@ Samples = int | Mapping[str, int] | None
 """Examples behind this rank's losses: one number, or one for each task; None counts every rank once."""
 
 
-
 @dataclass(frozen=True)
 class Reduction:
     """Hold what turns this rank's part of one step into the whole.

@@ -434,7 +434,9 @@ def _on_features(
         chosen = (inside | set(past)) - set(named.task_specific)
     else:
         known = {id(leaf) for leaf in memory.shared()}
-        open_ones = [leaf for leaf in met if leaf in heads.unsure and leaf not in inside and id(leaf) not in known]
+        open_ones = [
+            leaf for leaf in met if leaf in heads.unsure and leaf not in inside and id(leaf) not in known
+        ]
         if open_ones:
             raise ValueError(_open(open_ones, "with features= the heads' parameters take no task gradients"))
         found = list(dict.fromkeys([*encoder, *met]))
