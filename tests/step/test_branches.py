@@ -354,7 +354,7 @@ def test_losses_that_depend_on_no_feature_are_refused() -> None:
     read = dict.fromkeys(TASKS, network.encoded()[1].detach())
     for method in (Spy(), Weighting(weights=(1, 1, 1))):
         for features in (z, detente.branch(z, TASKS)):
-            with pytest.raises(ValueError, match="no loss .* depends on features="):
+            with pytest.raises(ValueError, match=r"no loss .* depends on features="):
                 detente.backward(network.losses(read), method, features=features)
     assert all(parameter.grad is None for parameter in network.parameters())
 
@@ -392,10 +392,10 @@ def test_representations_that_make_no_sense() -> None:
             detente.branch(wrong, TASKS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="twice"):
         detente.branch((z, z), TASKS)
+    frozen = detente.branch((z.detach(), z), TASKS)
+    losses = Network().losses({task: parts[0] + parts[1] for task, parts in frozen.items()})
     with pytest.raises(ValueError, match=r"features\[0\] carries no graph"):
-        frozen = detente.branch((z.detach(), z), TASKS)
-        read = {task: parts[0] + parts[1] for task, parts in frozen.items()}
-        detente.backward(Network().losses(read), Spy(), features=frozen)
+        detente.backward(losses, Spy(), features=frozen)
 
 
 # ---- a plain mapping

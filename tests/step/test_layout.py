@@ -1,4 +1,4 @@
-"""What ``.grad`` looks like: the strides torch's own backward gives, sparse where torch's is, and whole or untouched."""
+"""What ``.grad`` looks like: the strides of torch's own backward, sparse where torch's is, whole or untouched."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PATHS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", LEAVES)
 def test_strides_are_those_of_a_plain_backward(kind: str, path: str, name: str, shared: bool) -> None:
-    """Along axes with more than one entry: the strides of the others mean nothing, and torch leaves them as they come."""
+    """Along axes with more than one entry: the strides of the others mean nothing, and torch leaves them so."""
     torch.manual_seed(0)
     base = LEAVES[kind]()
     strides, values = [], []

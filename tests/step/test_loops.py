@@ -1,4 +1,4 @@
-"""Training loops around the step: refused steps under a gradient scaler, and modules with buffers under checkpointing."""
+"""Loops around the step: refused steps under a gradient scaler, and modules with buffers under checkpointing."""
 
 from __future__ import annotations
 

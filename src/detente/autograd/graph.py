@@ -35,6 +35,7 @@ _SELECTS = 1  # takes some entries of its input: losses that meet behind it may 
 _PACKS = 2  # sends parts of a gradient different ways
 _ROUTES = 4  # may send the gradients of its outputs different ways
 _STACKS = 8  # packs whole tensors
+_SCALES = 16  # multiplies entries by numbers, some of which may be zero
 
 _SELECTING = (
     "Select", "Slice", "Index", "Narrow", "Gather", "Take", "MaskedSelect", "AsStrided", "Diagonal", "Unfold",
@@ -46,6 +47,7 @@ _PACKING = (
     "DiagonalScatter", "MaskedScatter", "ConstantPad", "Put", "BlockDiag", "NestedTensor",
 )  # fmt: skip
 _STACKING = ("Cat", "Stack")
+_SCALING = ("Mul", "Dot", "Mv", "Mm", "Addmv")
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,8 @@ class _Graph:
             apart = node in parted
             if several and kind & _ROUTES and not apart:
                 apart = any(part != mask for part in outputs[node].values())
-            packed = several and (
-                (apart and kind & (_PACKS | _STACKS)) or (kind & _STACKS and _of_scalars(node))
+            packed = (apart and kind & (_PACKS | _STACKS)) or (
+                several and kind & _STACKS and _of_scalars(node)
             )
             for edge in self.edges_of[node]:
                 child, sure = edge[0], 0 if packed else certain.get(node, 0)
@@ -236,9 +238,12 @@ class _Graph:
                     stops |= sure
                     continue
                 certain[child] = certain.get(child, 0) | sure
-                if apart or (kind & _SELECTS and masks[child] != mask):
+                below = kinds.get(type(child), 0)
+                # Where all roots use the same entries nothing is kept apart; a vector times constants is a selection.
+                selects = kind & _SELECTS or (kind & _SCALES and below & _STACKS)
+                if apart or (selects and (masks[child] != mask or not several)):
                     parted.add(child)
-                if kinds.get(type(child), 0) & _ROUTES:
+                if below & _ROUTES:
                     into = outputs.setdefault(child, {})
                     into[edge[1]] = into.get(edge[1], 0) | mask
         found = {}
@@ -279,6 +284,8 @@ def _flags(kind: type) -> int:
         flags = _ROUTES
     elif name.startswith(_SELECTING):
         flags = _SELECTS
+    elif name.startswith(_SCALING):
+        flags = _SCALES
     return flags
 
 

@@ -269,13 +269,18 @@ def find_roles(
     left_out: Sequence[torch.Tensor] = ()
     if discovering:
         chosen, open_ones, left_out = _discover(losses, seen, memory)
-        if open_ones and mode == "low":
-            raise ValueError(_open(open_ones, "memory='low' takes no task gradients"))
+        if open_ones and (mode == "low" or named.solve_on is not None):
+            option = "solve_on=" if named.solve_on is not None else "memory='low'"
+            raise ValueError(_open(open_ones, f"{option} takes no gradients that could"))
     else:
         _check_no_branch(leaves)
         chosen = _chosen(named, leaves)
         if named.shared is not None and not part and leaves and not any(leaf in leaves for leaf in chosen):
             check_reached(chosen)
+        if named.task_specific is None:
+            known = set(chosen)
+            inputs = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter) and leaf not in known]
+            left_out = [leaf for leaf in inputs if leaves[leaf] & (leaves[leaf] - 1)]
     columns = (*chosen, *open_ones)
     taken = {*columns, *left_out}
     # One look at each leaf: whose it is.
