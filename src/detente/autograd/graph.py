@@ -220,6 +220,7 @@ class _Graph:
             certain[node] = certain.get(node, 0) | mask
             outputs.setdefault(node, {})[number] = mask
         parted: set[Node] = set()
+        private: set[Node] = set()  # behind a selection of one root's own, where no other root reaches yet
         stops = 0
         for node in self.order:
             mask, kind = masks[node], kinds[type(node)]
@@ -227,7 +228,7 @@ class _Graph:
             apart = node in parted
             if several and kind & _ROUTES and not apart:
                 apart = any(part != mask for part in outputs[node].values())
-            packed = (apart and kind & (_PACKS | _STACKS)) or (
+            packed = ((apart or node in private) and kind & (_PACKS | _STACKS)) or (
                 several and kind & _STACKS and _of_scalars(node)
             )
             for edge in self.edges_of[node]:
@@ -241,8 +242,10 @@ class _Graph:
                 below = kinds.get(type(child), 0)
                 # Where all roots use the same entries nothing is kept apart; a vector times constants is a selection.
                 selects = kind & _SELECTS or (kind & _SCALES and below & _STACKS)
-                if apart or (selects and (masks[child] != mask or not several)):
+                if apart or (selects and masks[child] != mask):
                     parted.add(child)
+                elif not several and masks[child] == mask and (selects or node in private):
+                    private.add(child)
                 if below & _ROUTES:
                     into = outputs.setdefault(child, {})
                     into[edge[1]] = into.get(edge[1], 0) | mask

@@ -289,10 +289,18 @@ class ExactPass(Pass):
         names = [step.names[task] for task in step.inside]
         owner = settle(roles_of_rows, names, sizes[1:], sizes.any(axis=0) | own_alive, step.memory)
         first = len(roles.shared) - roles.unsure
-        keep = [*range(first), *(first + place for place, row in enumerate(owner) if row < 0)]
+        turned = [first + place for place, row in enumerate(owner) if row < 0]
+        inputs = roles.inputs if turned else 0  # leaves that are no parameters, beside parameters that are shared
+        keep = [*range(inputs, first), *turned]
         assert self.jacobian is not None
         own = [list(task) for task in self.own]
         pieces = torch.split(self.jacobian, self.rows.layout.widths, dim=1)
+        for tensor, piece in zip(self.columns[:inputs], pieces[:inputs], strict=True):
+            for row, task in enumerate(step.inside):
+                own[task].append((tensor, Layout((tensor,)).split(self.scaled(piece[row].clone()))[0]))
+        if inputs:
+            roles = replace(roles, left_out=(*roles.left_out, *self.columns[:inputs]))
+            step = replace(step, roles=roles)
         for place, row in enumerate(owner):
             if row >= 0:
                 tensor = self.columns[first + place]
@@ -304,10 +312,12 @@ class ExactPass(Pass):
             jacobian = self.jacobian[:, :width]
         else:
             jacobian = torch.cat([pieces[place] for place in keep], dim=1)
-        gram = blocks[0] + blocks[1:][owner < 0].sum(axis=0)
+        certain = blocks[0] if not inputs else np.zeros_like(blocks[0])
+        gram = certain + blocks[1:][owner < 0].sum(axis=0)
         rows = Rows(Layout(columns), jacobian)
         settled = replace(
             self,
+            step=step,
             jacobian=jacobian,
             own=tuple(own),
             columns=columns,

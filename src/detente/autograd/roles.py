@@ -82,6 +82,8 @@ class Roles:
         own: for each task the parameters that take the plain gradient of its loss.
         on: what the problem is solved on, where that is not ``shared``: the features or the layer.
         unsure: how many of the last shared parameters the gradients are to decide about; see :func:`settle`.
+        inputs: how many of the first ones are leaves that are no parameters, and shared only if no parameter turns out
+            to be.
         certain: mask of the losses that reach a shared parameter (on features: the representation) for certain, without
             passing a node that packs several tasks.
         left_out: leaves that are no parameters and that several losses reach: they take the gradient of the plain sum.
@@ -101,6 +103,7 @@ class Roles:
     own: tuple[Tensors, ...]
     on: Tensors = ()
     unsure: int = 0
+    inputs: int = 0
     certain: int = -1
     left_out: Tensors = ()
     encoder: Tensors = ()
@@ -279,9 +282,12 @@ def find_roles(
             check_reached(chosen)
         if named.task_specific is None:
             known = set(chosen)
-            inputs = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter) and leaf not in known]
-            left_out = [leaf for leaf in inputs if leaves[leaf] & (leaves[leaf] - 1)]
-    columns = (*chosen, *open_ones)
+            others = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter) and leaf not in known]
+            left_out = [leaf for leaf in others if leaves[leaf] & (leaves[leaf] - 1)]
+    inputs: Sequence[torch.Tensor] = ()
+    if open_ones and not chosen:  # whether any parameter is shared the gradients will tell
+        inputs, left_out = left_out, ()
+    columns = (*inputs, *chosen, *open_ones)
     taken = {*columns, *left_out}
     # One look at each leaf: whose it is.
     lists: list[list[torch.Tensor]] = [[] for _ in losses]
@@ -304,6 +310,7 @@ def find_roles(
         tuple(reached),
         tuple(map(tuple, lists)),
         unsure=len(open_ones),
+        inputs=len(inputs),
         certain=certain if seen.unsure else -1,
         left_out=tuple(left_out),
     )
