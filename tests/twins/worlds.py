@@ -65,7 +65,8 @@ class Plan:
     @property
     def packed(self) -> bool:
         """Some node packs several tasks."""
-        return self.packing != "apart" or self.piece.endswith(("whole", "heads"))
+        picked = self.trunk == "function" and any(task.kind == "row" for task in self.tasks)
+        return self.packing != "apart" or picked or self.piece.endswith(("whole", "heads"))
 
 
 # Out of a hundred plans: who asks what of the engine (the rest is "exact"), and what is one piece.
@@ -99,6 +100,8 @@ def plan_of(number: int) -> Plan:
     tasks = _tasks(draw, packed=packed, solved=solved, eager=piece == "eager", packing=packing)
     if "norm" in trunk and any(task.kind == "physics" for task in tasks):
         trunk = "residual"  # torch has no third derivative of a batch's statistics
+    if trunk == "function" and {"row", "dead"} <= {task.kind for task in tasks}:
+        trunk = "deep"  # else it hides behind a function that may pack what the row picks
     if trunk == "frozen" and packed and any(task.kind == "partly" for task in tasks):
         trunk = "plain"  # else the task is zero on all that is shared, and cannot be told from a probe
     leaf = trunk == "frozen" or any(task.kind in POTENTIALS for task in tasks)

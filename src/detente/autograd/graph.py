@@ -168,14 +168,16 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
 def beside(roots: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Return, for each operation that uses several leaves, those leaves: a layer's weight and bias.
 
-    A weight is also found behind a transposition.
+    A weight is also found behind a transposition. Operations that cannot be looked into (compiled ones) are left out.
     """
     todo = [gradient_edge(root)[0] for root in roots if root.requires_grad]
     seen = set(todo)
     found = []
     while todo:
         together: list[torch.Tensor] = []
-        for child, _ in todo.pop().next_functions:
+        node = todo.pop()
+        opaque = bool(_flags(type(node)) & _ROUTES)
+        for child, _ in node.next_functions:
             if child is None:
                 continue
             if type(child) is not _ACCUMULATE and child not in seen:
@@ -186,7 +188,7 @@ def beside(roots: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
                 below = child.next_functions[0][0]
             if type(below) is _ACCUMULATE:
                 together.append(below.variable)
-        if len(together) > 1:
+        if len(together) > 1 and not opaque:
             found.append(together)
     return found
 

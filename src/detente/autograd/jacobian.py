@@ -290,7 +290,9 @@ class ExactPass(Pass):
         owner = settle(roles_of_rows, names, sizes[1:], sizes.any(axis=0) | own_alive, step.memory)
         first = len(roles.shared) - roles.unsure
         turned = [first + place for place, row in enumerate(owner) if row < 0]
-        inputs = roles.inputs if turned else 0  # leaves that are no parameters, beside parameters that are shared
+        # Leaves that are no parameters are shared only if no parameter is, and two tasks have a gradient there.
+        alone = not turned and int((sizes[0] > 0).sum()) > 1
+        inputs = 0 if alone else roles.inputs
         keep = [*range(inputs, first), *turned]
         assert self.jacobian is not None
         own = [list(task) for task in self.own]

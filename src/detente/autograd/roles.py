@@ -382,7 +382,9 @@ def _forgotten(
     for together in beside(losses):
         if any(id(leaf) in known for leaf in together):
             for leaf in together:
-                if id(leaf) not in known and isinstance(leaf, nn.Parameter) and leaf in seen.leaves:
+                mask = seen.leaves.get(leaf, 0)
+                alone = mask and not mask & (mask - 1)
+                if id(leaf) not in known and isinstance(leaf, nn.Parameter) and alone:
                     found[id(leaf)] = leaf
     return list(found.values())
 

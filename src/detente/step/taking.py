@@ -12,7 +12,7 @@ from detente.autograd.ranks import ProcessGroup
 from detente.autograd.reduction import Samples
 from detente.autograd.roles import Memory, Named, Parameters
 from detente.autograd.step import Mode, Request, prepare
-from detente.step.backward import Features
+from detente.step.training_step import Features
 
 
 def task_gradients(

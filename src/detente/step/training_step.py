@@ -258,8 +258,15 @@ def _take_step(step: Step, how: _How) -> StepRecord:
 
 
 def _combined(taken: Taken, how: _How) -> StepRecord:
-    """Let the method combine task gradients, and carry its decision to the parameters."""
+    """Let the method combine task gradients, and carry its decision to the parameters.
+
+    A method is not asked where the gradients have told that nothing is shared.
+    """
     method, gradients = how.method, taken.gradients
+    if gradients.space == "exact" and not taken.columns:
+        accumulate(taken.own_gradients())
+        losses, ones = tuple(taken.losses.tolist()), (1.0,) * len(taken.losses)
+        return StepRecord(taken.step.names, losses, ones, notes=(NO_SHARED,))
     # What fails past this point (a gradient behind the representation, weights that do not exist) must not leave a
     # trace in the method; in the exact space hardly anything does, and a copy of a large state is saved.
     jacobian, step = gradients.jacobian, taken.step
