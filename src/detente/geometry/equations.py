@@ -13,9 +13,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from detente.geometry.dual_cone import hull_holds_zero
 from detente.geometry.gramian import Array, unit_rows
-from detente.geometry.pivoting import EPS, independent
+from detente.geometry.nonnegative import EPS, root_of
 from detente.geometry.pseudoinverse import inverse_times_ones
 
 # Newton steps; 5 to 40 are taken.
@@ -54,7 +53,7 @@ def fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Array | None:
         raise ValueError(f"alpha={alpha} must be a finite number above 0.")
     norms, cosines = _one(gramian)
     longest = float(norms.max())
-    if norms.min() == 0 or (not independent(cosines) and hull_holds_zero(cosines)):
+    if norms.min() == 0 or root_of(cosines).cancelling.any():
         return None
     logs = np.log(norms / longest)
     power = 1.0 - 1.0 / alpha

@@ -59,7 +59,9 @@ class DualProj(Method):
         given = self.preference(gradients.names)
         if given is None:
             given = np.full(gradients.tasks, 1 / gradients.tasks)
-        found = dual_cone_projection(gradients.gramian, given)
+        projection = dual_cone_projection(gradients.gramian, given)
         return Combination(
-            weights=torch.from_numpy(found.weights), status="stationary" if found.vanishes else "ok"
+            weights=torch.from_numpy(projection.weights),
+            status="stationary" if projection.vanishes else "ok",
+            residual=projection.residual,
         )

@@ -57,7 +57,8 @@ class UPGrad(Method):
     def solve(self, gradients: TaskGradients) -> Combination:
         """The projections' weights, and their mean."""
         assert gradients.gramian is not None
-        transform, vanishes = dual_cone_projections(gradients.gramian)
+        projections = dual_cone_projections(gradients.gramian)
+        transform = projections.transform
         given = self.preference(gradients.names)
         weights = (
             np.full(gradients.tasks, 1 / gradients.tasks) @ transform if given is None else given @ transform
@@ -65,5 +66,6 @@ class UPGrad(Method):
         return Combination(
             weights=torch.from_numpy(weights),
             transform=torch.from_numpy(transform),
-            status="stationary" if vanishes else "ok",
+            status="stationary" if projections.vanishes else "ok",
+            residual=projections.residual,
         )
