@@ -135,7 +135,9 @@ def test_heights_are_reached_by_the_shortest_vector(ratio: float) -> None:
             reached = root.above(-linear, ratio * (np.linalg.norm(factor @ expected) or 1.0))
             assert reached is not None
             np.testing.assert_allclose(reached, expected, atol=1e-9)
-            assert nonnegative.residual(cosines, linear, np.ones(tasks), reached) <= (1e-12 if ratio == 1 else 1e-9)
+            assert nonnegative.residual(cosines, linear, np.ones(tasks), reached) <= (
+                1e-12 if ratio == 1 else 1e-9
+            )
 
 
 def test_heights_out_of_reach_are_reported() -> None:
@@ -186,7 +188,9 @@ def test_gradients_that_cancel_up_to_rounding(matrices: Callable[[int], np.ndarr
         averse = conflict_averse(gramian, mean, 0.5)
         added = (averse.weights - mean) @ rows
         assert np.linalg.norm(added) <= 0.5 * np.linalg.norm(mean @ rows) * (1 + 1e-7)
-        assert (rows @ (averse.weights @ rows)).min() == pytest.approx(averse.level, abs=1e-6 * norms.max() ** 2)
+        assert (rows @ (averse.weights @ rows)).min() == pytest.approx(
+            averse.level, abs=1e-6 * norms.max() ** 2
+        )
         pulled = directed(gramian, mean, 0.3)
         assert pulled.residual < 1e-7
         total = (pulled.weights + 0.3 * mean) @ rows
@@ -204,7 +208,10 @@ def test_where_nothing_can_be_told_from_rounding_the_best_point_is_returned(
 
     for rows in (gradients(5, 6, 9), gradients(5, 9, 6), nearly_opposite(0)):
         gramian, mean = rows @ rows.T, np.full(len(rows), 1 / len(rows))
-        expected = [dual_cone_projections(gramian).transform @ rows, conflict_averse(gramian, mean, 0.5).weights @ rows]
+        expected = [
+            dual_cone_projections(gramian).transform @ rows,
+            conflict_averse(gramian, mean, 0.5).weights @ rows,
+        ]
         with monkeypatch.context() as patch:
             patch.setattr("scipy.optimize.nnls", exhausted)
             actual = dual_cone_projections(gramian), conflict_averse(gramian, mean, 0.5)

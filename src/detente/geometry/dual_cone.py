@@ -10,8 +10,8 @@ v ≥ 0, ⟨g_i, d⟩ ≥ t and equality where v_i > 0. Four methods are this on
 
 Both ‖d − g₀‖ and Σ v_i grow with t, so the last two are one equation in one unknown. On a support S,
 x = C_SS⁻¹(τ c_S − q_S) in the coordinates x_i = v_i‖g_i‖ that make C a matrix of cosines, with c_i = min‖g‖ / ‖g_i‖ and
-q = C(p‖g‖): the fast path chooses τ and exchanges the wrong signs together; where that does not settle, τ is
-bracketed, and each trial value is an ordinary problem of `nonnegative`.
+q = C(p‖g‖). A support suggests τ, τ is bracketed, and the problem at each trial value (`nonnegative`) has the next
+support.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from detente.geometry.gramian import Array, unit_rows
+from detente.geometry.gramian import Array, check_semidefinite, unit_rows
 from detente.geometry.nonnegative import (
-    ACCEPTED,
     EPS,
     NOTHING,
     VIOLATED,
@@ -36,8 +35,10 @@ from detente.geometry.nonnegative import (
     root_of,
     shortest,
 )
-from detente.geometry.simplex import minimum_norm_point
+from detente.geometry.simplex import RESIDUAL, minimum_norm_point
 
+# The residual at which a support is the right one.
+SETTLED = 1e-13
 NO_PREFERENCE = np.zeros(0)
 
 
@@ -126,7 +127,7 @@ def dual_cone_projection(gramian: ArrayLike, preference: ArrayLike) -> Nearest:
     gaps = linear + cosines @ solution
     unsigned = sizes + np.abs(cosines) @ solution
     vanishes = bool((gaps[start > 0] <= NOTHING * len(norms) * unsigned[start > 0]).all())
-    missed = residual(cosines, linear, sizes, solution)
+    missed = _accounted(cosines, residual(cosines, linear, sizes, solution))
     return Nearest(given + _over(solution, norms / longest), 0.0, vanishes, missed)
 
 
@@ -158,12 +159,10 @@ def dual_cone_projections(gramian: ArrayLike) -> Projections:
         scaled[task] = root.nearest(root.matrix[:, task])
         if not root.regular:
             scaled[task] = shortest(cosines, cosines[task], magnitudes[task], scaled[task])
-    missed = residual(cosines, cosines, magnitudes, scaled)
+    missed = _accounted(cosines, residual(cosines, cosines, magnitudes, scaled))
     own += scaled
     sizes = (own @ magnitudes).diagonal()
-    vanishes = not root.regular and bool(
-        ((own @ cosines).diagonal() <= NOTHING * len(own) * sizes).all()
-    )
+    vanishes = not root.regular and bool(((own @ cosines).diagonal() <= NOTHING * len(own) * sizes).all())
     relative = norms / norms.max()
     transform = np.eye(len(norms)) + _over(scaled * relative[:, None], relative)
     return Projections(transform, vanishes, missed)
@@ -232,7 +231,8 @@ def directed(gramian: ArrayLike, preference: ArrayLike, strength: float) -> Dire
     products, sizes = terms * (cosines @ total), terms * (np.abs(cosines) @ total)
     violation = float(weights @ products) - products
     summed = sizes + float(weights @ sizes)
-    return Directed(weights, max(float((violation / np.where(summed > 0, summed, 1.0)).max()), 0.0))
+    missed = max(float((violation / np.where(summed > 0, summed, 1.0)).max()), 0.0)
+    return Directed(weights, _accounted(cosines, missed))
 
 
 def _directed(gramian: ArrayLike, problem: _Problem, strength: float) -> Array:
@@ -245,9 +245,9 @@ def _directed(gramian: ArrayLike, problem: _Problem, strength: float) -> Array:
             return np.asarray(wanted + (1 - wanted.sum()) * minimum_norm_point(gramian))
     present, inside = problem.present(), problem.norms > 0
     ceiling = None if lifted is None else lifted[inside]
-    found = _with_total(present, present.shortest / present.longest / strength, ceiling)
+    solution = _with_total(present, present.shortest / present.longest / strength, ceiling)
     weights = np.zeros(len(inside))
-    weights[inside] = found.values * present.limits
+    weights[inside] = solution.values * present.limits
     return np.asarray(weights / weights.sum())
 
 
@@ -320,7 +320,9 @@ class _Problem:
         total = self.start + solution
         square = float(total @ self.cosines @ total)
         vanishes = square <= NOTHING * len(total) * float(total @ self.magnitudes @ total)
-        return Nearest(weights, level * self.shortest * self.longest, vanishes, missed)
+        return Nearest(
+            weights, level * self.shortest * self.longest, vanishes, _accounted(self.cosines, missed)
+        )
 
 
 def _lift(root: Root, cosines: Array, start: Array) -> Array:
@@ -337,15 +339,15 @@ Closure = Callable[[Array, Array, float], float]
 
 @dataclass(frozen=True)
 class _Goal:
-    """What fixes τ: its closure on a support, by how much an x exceeds it, and its value."""
+    """What fixes τ: its closure on a support, by how much an x exceeds it, and the size of the terms summed."""
 
     closure: Closure
     excess: Callable[[Array], float]
-    value: float
+    size: Callable[[Array], float]
 
     def missed(self, solution: Array) -> float:
-        """Distance from the goal, relative to it."""
-        return abs(self.excess(solution)) / self.value
+        """Distance from the goal, relative to the terms summed."""
+        return abs(self.excess(solution)) / self.size(solution)
 
 
 def _at_distance(problem: _Problem, target: float, ceiling: Array | None = None) -> _Solution:
@@ -358,7 +360,10 @@ def _at_distance(problem: _Problem, target: float, ceiling: Array | None = None)
     def excess(solution: Array) -> float:
         return problem.length(solution) - target
 
-    return _settle(problem, _Goal(closure, excess, target), ceiling)
+    def size(solution: Array) -> float:
+        return float(solution.sum()) + target  # of vectors of unit length
+
+    return _settle(problem, _Goal(closure, excess, size), ceiling)
 
 
 def _with_total(problem: _Problem, total: float, ceiling: Array | None) -> _Solution:
@@ -370,26 +375,17 @@ def _with_total(problem: _Problem, total: float, ceiling: Array | None) -> _Solu
     def excess(solution: Array) -> float:
         return float(problem.limits @ solution) - total
 
-    return _settle(problem, _Goal(closure, excess, total), ceiling)
+    return _settle(problem, _Goal(closure, excess, lambda _: total), ceiling)
 
 
 def _settle(problem: _Problem, goal: _Goal, ceiling: Array | None) -> _Solution:
-    if not problem.root.regular:
-        solution = _bracket(problem, goal, ceiling)
-        even = shortest(problem.cosines, *problem.at(solution.level), solution.values)
-        if goal.missed(even) <= max(VIOLATED, goal.missed(solution.values)):
-            return _judged(problem, goal, even, solution.level)
+    solution = _bracket(problem, goal, ceiling)
+    if problem.root.regular:
         return solution
-    support = np.ones(len(problem.limits), dtype=bool)
-    for _ in range(12):
-        candidate = _on_support(problem, support, goal.closure)
-        if candidate is None:
-            break
-        wrong, _ = _judge(problem, support, *candidate)
-        if not wrong.any():
-            return _judged(problem, goal, *candidate)
-        support ^= wrong
-    return _bracket(problem, goal, ceiling)
+    even = shortest(problem.cosines, *problem.at(solution.level), solution.values)
+    if goal.missed(even) <= max(VIOLATED, goal.missed(solution.values)):
+        return _judged(problem, goal, even, solution.level)
+    return solution
 
 
 def _judged(problem: _Problem, goal: _Goal, values: Array, level: float) -> _Solution:
@@ -416,39 +412,26 @@ def _on_support(problem: _Problem, support: Support, closure: Closure) -> tuple[
     return solution, lowest + step
 
 
-def _judge(problem: _Problem, support: Support, solution: Array, level: float) -> tuple[Support, float]:
-    """Which signs are wrong, and the largest violation."""
-    linear, sizes = problem.at(level)
-    absolute = np.abs(solution)
-    unsigned = problem.magnitudes @ absolute + sizes
-    gaps = problem.cosines @ solution + linear
-    wrong = np.where(support, solution < 0, gaps < -VIOLATED * unsigned)
-    sizes = np.where(unsigned > 0, unsigned, 1.0)
-    missed = (np.where(support, np.abs(gaps), -gaps) / sizes).max()
-    return wrong, max(float(missed), -float(solution.min()) / (float(absolute.max()) or 1.0))
-
-
 def _bracket(problem: _Problem, goal: _Goal, ceiling: Array | None) -> _Solution:
-    """The same, safe: a bracket on τ, with the support at each trial value as a guess of the final one.
+    """Bracket τ, with the support at each trial value as a guess of the final one.
 
     Where rounding hides the answer, the best point there is.
     """
     scale = problem.distance or 1.0
     low, below = problem.least, np.zeros(len(problem.limits))
     high, above = (math.inf, None) if ceiling is None else (0.0, ceiling)
-    support = problem.linear <= low * problem.limits
+    support = (problem.linear <= low * problem.limits) | problem.root.regular
     best = _judged(problem, goal, below, low)
     step, slow = abs(low) or float(problem.sizes.max()), 0
     for _ in range(200):
         guess = math.nan
         candidate = _on_support(problem, support, goal.closure) if support.any() else None
         if candidate is not None:
-            wrong, violation = _judge(problem, support, *candidate)
-            guess = candidate[1]
-            judged = _judged(problem, goal, np.maximum(candidate[0], 0.0), guess)
-            if violation <= ACCEPTED and not wrong.any():
-                return judged
+            values, guess = candidate
+            judged = _judged(problem, goal, np.maximum(values, 0.0), guess)
             best = min(best, judged, key=lambda solution: solution.missed)
+            if values.min() >= 0 and judged.missed <= SETTLED:
+                return judged
         width = high - low
         if low < guess < high and slow < 3:
             level = guess
@@ -476,9 +459,6 @@ def _bracket(problem: _Problem, goal: _Goal, ceiling: Array | None) -> _Solution
     return min(candidates, key=lambda solution: solution.missed)
 
 
-# ---- where zero lies in the hull
-
-
 def _capped(problem: _Problem, target: float) -> Nearest:
     """CAGrad where no direction helps every task: level zero if the ball reaches it, a negative one otherwise."""
     lifted = problem.lift()
@@ -493,9 +473,6 @@ def _capped(problem: _Problem, target: float) -> Nearest:
     return replace(nearest, weights=weights)
 
 
-# ---- small things
-
-
 def _prepare(gramian: ArrayLike, preference: ArrayLike) -> tuple[Array, Array, Array]:
     norms, cosines = unit_rows(gramian)
     if norms.ndim != 1:
@@ -504,6 +481,13 @@ def _prepare(gramian: ArrayLike, preference: ArrayLike) -> tuple[Array, Array, A
     if given.size and (given.shape != norms.shape or not (given >= 0).all()):
         raise ValueError(f"preference must hold {len(norms)} numbers >= 0, not {given.tolist()}.")
     return norms, cosines, given
+
+
+def _accounted(cosines: Array, missed: float) -> float:
+    """The residual, or the error that the matrix has no gradients, where that is why a solution misses."""
+    if missed > RESIDUAL:
+        check_semidefinite(cosines)
+    return missed
 
 
 def _over(values: Array, lengths: Array) -> Array:

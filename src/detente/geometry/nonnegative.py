@@ -94,7 +94,15 @@ class Root:
 
 
 def root_of(cosines: Array) -> Root:
-    """Factor a matrix of cosines [T, T]."""
+    """Factor a matrix of cosines, and set apart the gradients that cancel.
+
+    Args:
+        cosines: [T, T], symmetric; what is negative of it to rounding counts as zero.
+
+    Example:
+        >>> root_of(np.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).cancelling.tolist()
+        [True, True, False]
+    """
     tasks = len(cosines)
     nothing = np.zeros(tasks, dtype=bool)
     try:
@@ -133,7 +141,15 @@ def _split(root: Root) -> Root:
 
 
 def independent(cosines: Array) -> bool:
-    """True if unit gradients with the cosines [T, T] are linearly independent well beyond rounding."""
+    """True if unit gradients are linearly independent well beyond rounding.
+
+    Args:
+        cosines: [T, T].
+
+    Example:
+        >>> independent(np.eye(2)), independent(np.ones((2, 2)))
+        (True, False)
+    """
     try:
         return bool(np.linalg.cholesky(cosines).diagonal().min() > INDEPENDENT)
     except np.linalg.LinAlgError:
@@ -196,4 +212,6 @@ def _nonnegative(matrix: Array, target: Array) -> Array:
         return np.asarray(nnls(matrix, target, maxiter=30 * matrix.shape[1])[0])
     except RuntimeError:
         solution = lsq_linear(matrix, target, bounds=(0.0, np.inf), method="bvls", tol=VIOLATED).x
-        return np.where(solution > ACCEPTED * solution.max(), solution, 0.0)  # a bound is met to rounding there
+        return np.where(
+            solution > ACCEPTED * solution.max(), solution, 0.0
+        )  # a bound is met to rounding there

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from detente.geometry.dual_cone import NOTHING, directed
+from detente.geometry.dual_cone import directed
+from detente.geometry.nonnegative import NOTHING
 from detente.geometry.projection import project_onto_simplex
 from detente.methods.base import Declaration, Method, one_of
 from detente.methods.checks import count, number
