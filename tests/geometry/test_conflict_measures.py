@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detente.geometry import conflict
+from detente.diagnostics import conflict
 from detente.geometry.gramian import unit_rows, validated
 
 MEASURES = (

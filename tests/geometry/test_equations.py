@@ -70,7 +70,9 @@ def test_unit_direction_by_its_definition() -> None:
         rows = np.random.default_rng(seed).normal(size=(tasks, columns)) * np.linspace(0.1, 5, tasks)[:, None]
         unit = np.linalg.pinv(rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ np.ones(tasks)
         unit /= np.linalg.norm(unit)
-        weights, vanishes = unit_direction(rows @ rows.T)
+        direction = unit_direction(rows @ rows.T)
+        weights, vanishes = direction.weights, direction.vanishes
+        assert direction.residual <= 1e-14
         np.testing.assert_allclose(weights @ rows, (rows @ unit).sum() * unit, rtol=1e-9, atol=1e-11)
         assert not vanishes
 
@@ -78,9 +80,10 @@ def test_unit_direction_by_its_definition() -> None:
 def test_unit_direction_never_normalises_rounding() -> None:
     u, v = np.random.default_rng(5).normal(size=(2, 5))
     opposite = np.stack([u, -2 * u])
-    assert unit_direction(opposite @ opposite.T)[1]
-    assert unit_direction(np.zeros((2, 2)))[1]
+    assert unit_direction(opposite @ opposite.T).vanishes
+    assert unit_direction(np.zeros((2, 2))).vanishes
     third = np.stack([u, -2 * u, 0 * u, v - (v @ u) / (u @ u) * u])
-    weights, vanishes = unit_direction(third @ third.T)
+    direction = unit_direction(third @ third.T)
+    weights, vanishes = direction.weights, direction.vanishes
     np.testing.assert_allclose(weights @ third, third[3], atol=1e-12)
     assert not vanishes and weights[2] == 0

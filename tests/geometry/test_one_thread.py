@@ -7,7 +7,7 @@ import scipy.linalg  # noqa: F401
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import detente
-from detente.geometry.threads import one_thread
+from detente.geometry.gramian import one_thread
 from detente.values import Combination, TaskGradients
 
 

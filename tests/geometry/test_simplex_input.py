@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from detente.geometry import simplex
+from detente.geometry.dual_cone import dual_cone_projection, dual_cone_projections
 from detente.geometry.simplex import frank_wolfe, minimum_norm_point, simplex_residual
 
 
@@ -30,6 +32,25 @@ from detente.geometry.simplex import frank_wolfe, minimum_norm_point, simplex_re
 def test_bad_gramians(solver: Callable[[object], np.ndarray], gramian: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solver(gramian)
+
+
+def test_a_matrix_that_no_gradients_have_is_named() -> None:
+    """Every entry is that of a Gramian, and the whole is none."""
+    matrix = 1.9 * np.eye(3) - 0.9
+    for solver in (
+        dual_cone_projections,
+        lambda gramian: dual_cone_projection(gramian, np.ones(3)),
+    ):
+        with pytest.raises(ValueError, match=r"not positive semidefinite.*-8\.0e-01"):
+            solver(matrix)
+
+
+def test_the_best_point_of_a_gramian_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever accuracy rounding leaves, here none that is asked for."""
+    monkeypatch.setattr(simplex, "RESIDUAL", -1.0)
+    monkeypatch.setattr(simplex, "_pivot_dependent", lambda *_: None)
+    rows = np.random.default_rng(0).normal(size=(6, 3))
+    assert simplex_residual(rows @ rows.T, minimum_norm_point(rows @ rows.T)) <= 1e-13
 
 
 def test_bad_arguments() -> None:

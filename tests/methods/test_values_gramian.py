@@ -49,6 +49,32 @@ def test_residuals_on_the_battery(residuals: ModuleType, seed: int) -> None:
         assert row["matrices"] > 100
 
 
+@pytest.mark.parametrize("name", [*NAMES, "mgda", "imtl"])
+def test_a_method_tells_the_residual_of_its_problem(residuals: ModuleType, name: str) -> None:
+    """None where a closed form or no equation answers; elsewhere at rounding level on ordinary gradients."""
+    for label, matrix in residuals.battery(1, quick=True):
+        tasks = len(matrix)
+        gradients = detente.TaskGradients(
+            names=tuple(map(str, range(tasks))), gramian=matrix @ matrix.T, losses=np.ones(tasks)
+        )
+        outcome = detente.create(name).combine(gradients)
+        if outcome.status == "refused" or (name in ("mgda", "edm") and (tasks <= 2 or "zero" in label)):
+            assert outcome.residual is None or name == "mgda"
+            continue
+        assert outcome.residual is not None, label
+        assert 0 <= outcome.residual <= residuals.PROMISED, (label, outcome.residual)
+
+
+def test_the_residual_of_an_iteration_that_stops_early_shows() -> None:
+    rows = normal(3, 8, 20)
+    assert (
+        detente.create("mgda", solver="frank-wolfe")
+        .combine(detente.TaskGradients(names=tuple("abcdefgh"), gramian=(rows @ rows.T).numpy()))
+        .residual
+        > 1e-10
+    )
+
+
 def test_the_residuals_notice_a_wrong_answer(residuals: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     jacobian = normal(0, 4, 6).numpy()
     for name in residuals.METHODS:

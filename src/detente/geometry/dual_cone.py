@@ -10,37 +10,35 @@ v ≥ 0, ⟨g_i, d⟩ ≥ t and equality where v_i > 0. Four methods are this on
 
 Both ‖d − g₀‖ and Σ v_i grow with t, so the last two are one equation in one unknown. On a support S,
 x = C_SS⁻¹(τ c_S − q_S) in the coordinates x_i = v_i‖g_i‖ that make C a matrix of cosines, with c_i = min‖g‖ / ‖g_i‖ and
-q = C(p‖g‖): the fast path chooses τ and exchanges the wrong signs together; where that does not settle, τ is
-bracketed, and each trial value is an ordinary problem of `pivoting`.
+q = C(p‖g‖). A support suggests τ, τ is bracketed, and the problem at each trial value (`nonnegative`) has the next
+support.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from detente.geometry.gramian import Array, unit_rows
-from detente.geometry.pivoting import (
-    ACCEPTED,
+from detente.geometry.gramian import Array, check_semidefinite, unit_rows
+from detente.geometry.nonnegative import (
     EPS,
+    NOTHING,
     VIOLATED,
+    Root,
     Support,
-    add_one_by_one,
-    independent,
-    nonnegative_minimiser,
-    nonnegative_minimisers,
-    pivot,
     residual,
+    root_of,
     shortest,
 )
-from detente.geometry.simplex import minimum_norm_point
+from detente.geometry.simplex import RESIDUAL, minimum_norm_point
 
-# A squared length below this times T and the terms summed for it cannot be told from zero (as for `mgda`).
-NOTHING = 16 * EPS
+# The residual at which a support is the right one.
+SETTLED = 1e-13
 NO_PREFERENCE = np.zeros(0)
 
 
@@ -52,6 +50,7 @@ class Nearest:
         weights: [T].
         level: t, in the unit of a squared gradient.
         vanishes: True if d is zero to rounding.
+        residual: largest violation of the conditions of the problem, relative to the terms summed in them.
 
     Example:
         >>> dual_cone_projection([[1.0, 0.0], [0.0, 1.0]], [0.5, 0.5]).weights
@@ -61,6 +60,43 @@ class Nearest:
     weights: Array
     level: float
     vanishes: bool
+    residual: float
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The projection of every gradient alone onto the dual cone of all.
+
+    Attributes:
+        transform: [T, T], row t holds the weights of the projection of g_t.
+        vanishes: True if all projections are zero to rounding; their rows are reported as they are, not as zeros.
+        residual: as in :class:`Nearest`, the largest of the T problems.
+
+    Example:
+        >>> dual_cone_projections([[1.0, 0.0], [0.0, 1.0]]).residual
+        0.0
+    """
+
+    transform: Array
+    vanishes: bool
+    residual: float
+
+
+@dataclass(frozen=True)
+class Directed:
+    """Weights over the simplex, and how well they solve their problem.
+
+    Attributes:
+        weights: [T] non-negative, sums to 1.
+        residual: as in :class:`Nearest`.
+
+    Example:
+        >>> directed([[1.0, 0.0], [0.0, 4.0]], [0.5, 0.5], 0.0).weights
+        array([0.8, 0.2])
+    """
+
+    weights: Array
+    residual: float
 
 
 def dual_cone_projection(gramian: ArrayLike, preference: ArrayLike) -> Nearest:
@@ -84,63 +120,52 @@ def dual_cone_projection(gramian: ArrayLike, preference: ArrayLike) -> Nearest:
     norms, cosines, given = _prepare(gramian, preference)
     longest = float(norms.max())
     if longest == 0:
-        return Nearest(given, 0.0, True)
+        return Nearest(given, 0.0, True, 0.0)
     start = given * (norms / longest)
     linear, sizes = cosines @ start, np.abs(cosines) @ start
-    solution = nonnegative_minimiser(cosines, linear, sizes)
+    solution = _lift(root_of(cosines), cosines, start) if (linear < 0).any() else np.zeros(len(norms))
     gaps = linear + cosines @ solution
     unsigned = sizes + np.abs(cosines) @ solution
     vanishes = bool((gaps[start > 0] <= NOTHING * len(norms) * unsigned[start > 0]).all())
-    return Nearest(given + _over(solution, norms / longest), 0.0, vanishes)
+    missed = _accounted(cosines, residual(cosines, linear, sizes, solution))
+    return Nearest(given + _over(solution, norms / longest), 0.0, vanishes, missed)
 
 
-def dual_cone_projections(gramian: ArrayLike) -> tuple[Array, bool]:
+def dual_cone_projections(gramian: ArrayLike) -> Projections:
     """Projection of every gradient alone onto the dual cone of all.
 
     Args:
         gramian: [T, T].
 
     Returns:
-        [T, T] whose row t holds the weights of the projection of g_t, and whether all of them vanish to rounding. Rows
-        that do are reported as they are, not as zeros.
+        The projections' weights. All vanish exactly when 0 is a strictly positive combination of the gradients.
 
     Raises:
         ValueError: not a Gramian.
 
     Example:
-        >>> dual_cone_projections([[1.0, -1.0], [-1.0, 2.0]])[0]
+        >>> dual_cone_projections([[1.0, -1.0], [-1.0, 2.0]]).transform
         array([[1. , 0.5],
                [1. , 1. ]])
     """
     norms, cosines, _ = _prepare(gramian, NO_PREFERENCE)
-    tasks = len(norms)
-    if (cosines >= 0).all():
-        return np.eye(tasks), not norms.any()
-    present = np.flatnonzero(norms)
-    if len(present) < tasks:  # a zero gradient asks for nothing and gives nothing
-        part = np.ix_(present, present)
-        transform = np.eye(tasks)
-        transform[part], vanishes = _projections(norms[present], cosines[part])
-        return transform, vanishes
-    return _projections(norms, cosines)
-
-
-def _projections(norms: Array, cosines: Array) -> tuple[Array, bool]:
-    """Weights of the projections of gradients of positive length, and whether all vanish."""
-    magnitudes, regular = np.abs(cosines), independent(cosines)
-    scaled = None if regular else _all_vanish(cosines)
-    if scaled is None:
-        scaled = nonnegative_minimisers(cosines, cosines, magnitudes, regular=regular)
-    own = scaled.copy()
-    own.flat[:: len(own) + 1] += 1.0
-    vanishes = False
-    if not regular:
-        sizes = (own @ magnitudes).diagonal()
-        vanishes = bool(((own @ cosines).diagonal() <= NOTHING * len(own) * sizes).all())
+    own = np.eye(len(norms))
+    conflicting = np.flatnonzero((cosines < 0).any(axis=1))
+    if not len(conflicting):
+        return Projections(own, not norms.any(), 0.0)
+    magnitudes, root = np.abs(cosines), root_of(cosines)
+    scaled = np.zeros_like(cosines)
+    for task in conflicting:
+        scaled[task] = root.nearest(root.matrix[:, task])
+        if not root.regular:
+            scaled[task] = shortest(cosines, cosines[task], magnitudes[task], scaled[task])
+    missed = _accounted(cosines, residual(cosines, cosines, magnitudes, scaled))
+    own += scaled
+    sizes = (own @ magnitudes).diagonal()
+    vanishes = not root.regular and bool(((own @ cosines).diagonal() <= NOTHING * len(own) * sizes).all())
     relative = norms / norms.max()
-    scaled *= relative[:, None] / relative
-    scaled.flat[:: len(own) + 1] += 1.0
-    return scaled, vanishes
+    transform = np.eye(len(norms)) + _over(scaled * relative[:, None], relative)
+    return Projections(transform, vanishes, missed)
 
 
 def conflict_averse(gramian: ArrayLike, preference: ArrayLike, radius: float) -> Nearest:
@@ -171,15 +196,15 @@ def conflict_averse(gramian: ArrayLike, preference: ArrayLike, radius: float) ->
         raise ValueError(f"radius={radius} must be a finite number >= 0.")
     problem = _Problem(norms, cosines, given)
     if problem.centre_vanishes or radius == 0:
-        return problem.nearest(np.zeros(len(norms)), problem.least)
+        return problem.nearest(np.zeros(len(norms)), problem.least, 0.0)
     target = radius * problem.distance
-    dependent = norms.min() == 0 or not independent(cosines)
-    if dependent and hull_holds_zero(cosines):
+    if problem.holds_zero:
         return _capped(problem, target)
-    return problem.nearest(*_at_distance(problem, target))
+    solution = _at_distance(problem, target)
+    return problem.nearest(solution.values, solution.level, solution.missed)
 
 
-def directed(gramian: ArrayLike, preference: ArrayLike, strength: float) -> Array:
+def directed(gramian: ArrayLike, preference: ArrayLike, strength: float) -> Directed:
     """Weights w over the simplex that minimise ‖g_w + λg₀‖² with g₀ = Σ p_i g_i (Xiao et al. 2023, equation 9).
 
     Args:
@@ -187,39 +212,55 @@ def directed(gramian: ArrayLike, preference: ArrayLike, strength: float) -> Arra
         preference: [T] non-negative p, 1/T each in the paper.
         strength: λ ≥ 0; 0 is the minimum-norm point.
 
-    Returns:
-        [T] non-negative, sums to 1.
-
     Raises:
         ValueError: not a Gramian, or a negative preference or strength.
 
     Example:
-        >>> directed([[1.0, 0.0], [0.0, 4.0]], [0.5, 0.5], 0.0)
-        array([0.8, 0.2])
+        >>> directed([[1.0, 0.0], [0.0, 1.0]], [1.0, 0.0], 0.5).weights
+        array([0.25, 0.75])
     """
     norms, cosines, given = _prepare(gramian, preference)
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength={strength} must be a finite number >= 0.")
-    tasks = len(norms)
-    if strength == 0 or tasks == 1 or norms.max() == 0:
-        return minimum_norm_point(gramian)
-    problem = _Problem(norms, cosines, given)
+    if strength == 0 or len(norms) == 1 or norms.max() == 0:
+        weights = minimum_norm_point(gramian)
+    else:
+        weights = _directed(gramian, _Problem(norms, cosines, given), strength)
+    terms = norms / (float(norms.max()) or 1.0)
+    total = (weights + strength * given) * terms
+    products, sizes = terms * (cosines @ total), terms * (np.abs(cosines) @ total)
+    violation = float(weights @ products) - products
+    summed = sizes + float(weights @ sizes)
+    missed = max(float((violation / np.where(summed > 0, summed, 1.0)).max()), 0.0)
+    return Directed(weights, _accounted(cosines, missed))
+
+
+def _directed(gramian: ArrayLike, problem: _Problem, strength: float) -> Array:
     lifted = None
-    if (norms.min() == 0 or not independent(cosines)) and hull_holds_zero(cosines):
+    if problem.holds_zero:
         # Weights of zero length cost nothing: they take what the projection onto the dual cone leaves of the simplex.
-        lifted = nonnegative_minimiser(cosines, problem.linear, problem.sizes)
+        lifted = problem.lift()
         wanted = strength * _over(lifted, problem.norms)
         if wanted.sum() <= 1:
             return np.asarray(wanted + (1 - wanted.sum()) * minimum_norm_point(gramian))
-    weights = np.zeros(tasks)
-    present = problem.present()
-    ceiling = None if lifted is None else lifted[norms > 0]
-    found = _with_total(present, present.shortest / present.longest / strength, ceiling)[0] * present.limits
-    weights[norms > 0] = found / found.sum()
-    return weights
+    present, inside = problem.present(), problem.norms > 0
+    ceiling = None if lifted is None else lifted[inside]
+    solution = _with_total(present, present.shortest / present.longest / strength, ceiling)
+    weights = np.zeros(len(inside))
+    weights[inside] = solution.values * present.limits
+    return np.asarray(weights / weights.sum())
 
 
 # ---- the problem in scaled coordinates
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """An x with its τ, and by how much it misses its conditions."""
+
+    values: Array
+    level: float
+    missed: float
 
 
 class _Problem:
@@ -228,16 +269,26 @@ class _Problem:
     def __init__(self, norms: Array, cosines: Array, given: Array) -> None:
         self.longest = float(norms.max()) or 1.0
         self.norms, self.cosines, self.given = norms / self.longest, cosines, given
-        start = given * self.norms
+        self.start = given * self.norms
         self.magnitudes = np.abs(cosines)
-        self.linear, self.sizes = cosines @ start, self.magnitudes @ start
-        square = max(float(start @ self.linear), 0.0)
+        self.linear, self.sizes = cosines @ self.start, self.magnitudes @ self.start
+        square = max(float(self.start @ self.linear), 0.0)
         self.distance = math.sqrt(square)  # ‖g₀‖
-        self.centre_vanishes = square <= NOTHING * len(norms) * float(start @ self.sizes)
+        self.centre_vanishes = square <= NOTHING * len(norms) * float(self.start @ self.sizes)
         self.shortest = float(norms.min())
         self.limits = self.shortest / self.longest / self.norms if self.shortest > 0 else np.zeros(len(norms))
         with np.errstate(divide="ignore"):
             self.least = float((self.linear / self.limits).min()) if self.shortest > 0 else 0.0
+
+    @cached_property
+    def root(self) -> Root:
+        """The factor of C."""
+        return root_of(self.cosines)
+
+    @property
+    def holds_zero(self) -> bool:
+        """0 lies in the convex hull of the gradients to rounding."""
+        return self.shortest == 0 or bool(self.root.cancelling.any())
 
     def present(self) -> _Problem:
         """The same without tasks whose gradient is zero."""
@@ -251,35 +302,72 @@ class _Problem:
         """Q − τc, and the terms that were summed for it."""
         return self.linear - level * self.limits, self.sizes + abs(level) * self.limits
 
-    def nearest(self, solution: Array, level: float) -> Nearest:
+    def length(self, solution: Array) -> float:
+        """‖Σ x_i u_i‖ from the factor: a square would lose half of the digits where gradients cancel."""
+        return float(np.linalg.norm(self.root.matrix @ solution))
+
+    def lift(self) -> Array:
+        """The x at τ = 0."""
+        return _lift(self.root, self.cosines, self.start)
+
+    def missed(self, solution: Array, level: float) -> float:
+        """Residual of an x and its τ."""
+        return residual(self.cosines, *self.at(level), solution)
+
+    def nearest(self, solution: Array, level: float, missed: float) -> Nearest:
         """The result in the caller's coordinates."""
         weights = self.given + _over(solution, self.norms)
-        total = self.given * self.norms + solution
+        total = self.start + solution
         square = float(total @ self.cosines @ total)
         vanishes = square <= NOTHING * len(total) * float(total @ self.magnitudes @ total)
-        return Nearest(weights, level * self.shortest * self.longest, vanishes)
+        return Nearest(
+            weights, level * self.shortest * self.longest, vanishes, _accounted(self.cosines, missed)
+        )
+
+
+def _lift(root: Root, cosines: Array, start: Array) -> Array:
+    """The x ≥ 0 that takes Σ start_i u_i to its projection onto the dual cone; of several the shortest."""
+    solution = root.nearest(root.matrix @ start)
+    if root.regular:
+        return solution
+    return shortest(cosines, cosines @ start, np.abs(cosines) @ start, solution)
 
 
 # How far along the slope: from C_SS, the centre, and cᵀ slope (which is also the slope's squared length).
 Closure = Callable[[Array, Array, float], float]
-Measure = Callable[[Array], float]
 
 
-def _at_distance(problem: _Problem, target: float) -> tuple[Array, float]:
-    """The x and τ with ‖Σ x_i u_i‖ = target."""
+@dataclass(frozen=True)
+class _Goal:
+    """What fixes τ: its closure on a support, by how much an x exceeds it, and the size of the terms summed."""
+
+    closure: Closure
+    excess: Callable[[Array], float]
+    size: Callable[[Array], float]
+
+    def missed(self, solution: Array) -> float:
+        """Distance from the goal, relative to the terms summed."""
+        return abs(self.excess(solution)) / self.size(solution)
+
+
+def _at_distance(problem: _Problem, target: float, ceiling: Array | None = None) -> _Solution:
+    """The x and τ with ‖Σ x_i u_i‖ = target; ``ceiling`` is x at τ = 0 where no larger τ has a solution."""
 
     def closure(system: Array, centre: Array, steepness: float) -> float:
         spare = target**2 - float(centre @ system @ centre)
         return math.sqrt(max(spare, 0.0) / steepness)
 
     def excess(solution: Array) -> float:
-        return math.sqrt(max(float(solution @ problem.cosines @ solution), 0.0)) - target
+        return problem.length(solution) - target
 
-    return _settle(problem, closure, excess)
+    def size(solution: Array) -> float:
+        return float(solution.sum()) + target  # of vectors of unit length
+
+    return _settle(problem, _Goal(closure, excess, size), ceiling)
 
 
-def _with_total(problem: _Problem, total: float, ceiling: Array | None) -> tuple[Array, float]:
-    """The x and τ with cᵀx = total; ``ceiling`` is x at τ = 0 where no larger τ has a solution."""
+def _with_total(problem: _Problem, total: float, ceiling: Array | None) -> _Solution:
+    """The x and τ with cᵀx = total; ``ceiling`` as above."""
 
     def closure(system: Array, centre: Array, steepness: float) -> float:
         return total / steepness
@@ -287,27 +375,21 @@ def _with_total(problem: _Problem, total: float, ceiling: Array | None) -> tuple
     def excess(solution: Array) -> float:
         return float(problem.limits @ solution) - total
 
-    return _settle(problem, closure, excess, ceiling)
+    return _settle(problem, _Goal(closure, excess, lambda _: total), ceiling)
 
 
-def _settle(
-    problem: _Problem, closure: Closure, excess: Measure, ceiling: Array | None = None
-) -> tuple[Array, float]:
-    if not independent(problem.cosines):
-        solution, level = _bracket(problem, closure, excess, ceiling, regular=False)
-        even = shortest(problem.cosines, *problem.at(level), solution)
-        kept = abs(excess(even)) <= VIOLATED * abs(excess(np.zeros(len(even))))
-        return (even if kept else solution), level
-    support = np.ones(len(problem.limits), dtype=bool)
-    for _ in range(12):
-        found = _on_support(problem, support, closure)
-        if found is None:
-            break
-        wrong, _ = _judge(problem, support, *found)
-        if not wrong.any():
-            return found
-        support ^= wrong
-    return _bracket(problem, closure, excess, ceiling, regular=True)
+def _settle(problem: _Problem, goal: _Goal, ceiling: Array | None) -> _Solution:
+    solution = _bracket(problem, goal, ceiling)
+    if problem.root.regular:
+        return solution
+    even = shortest(problem.cosines, *problem.at(solution.level), solution.values)
+    if goal.missed(even) <= max(VIOLATED, goal.missed(solution.values)):
+        return _judged(problem, goal, even, solution.level)
+    return solution
+
+
+def _judged(problem: _Problem, goal: _Goal, values: Array, level: float) -> _Solution:
+    return _Solution(values, level, max(problem.missed(values, level), goal.missed(values)))
 
 
 def _on_support(problem: _Problem, support: Support, closure: Closure) -> tuple[Array, float] | None:
@@ -330,41 +412,26 @@ def _on_support(problem: _Problem, support: Support, closure: Closure) -> tuple[
     return solution, lowest + step
 
 
-def _judge(problem: _Problem, support: Support, solution: Array, level: float) -> tuple[Support, float]:
-    """Which signs are wrong, and the largest violation."""
-    linear, sizes = problem.at(level)
-    absolute = np.abs(solution)
-    unsigned = problem.magnitudes @ absolute + sizes
-    gaps = problem.cosines @ solution + linear
-    wrong = np.where(support, solution < 0, gaps < -VIOLATED * unsigned)
-    sizes = np.where(unsigned > 0, unsigned, 1.0)
-    missed = (np.where(support, np.abs(gaps), -gaps) / sizes).max()
-    return wrong, max(float(missed), -float(solution.min()) / (float(absolute.max()) or 1.0))
+def _bracket(problem: _Problem, goal: _Goal, ceiling: Array | None) -> _Solution:
+    """Bracket τ, with the support at each trial value as a guess of the final one.
 
-
-def _bracket(
-    problem: _Problem, closure: Closure, excess: Measure, ceiling: Array | None, *, regular: bool
-) -> tuple[Array, float]:
-    """The same, safe: a bracket on τ, with the support at each trial value as a guess of the final one.
-
-    Raises:
-        ValueError: it never comes near the conditions.
+    Where rounding hides the answer, the best point there is.
     """
+    scale = problem.distance or 1.0
     low, below = problem.least, np.zeros(len(problem.limits))
     high, above = (math.inf, None) if ceiling is None else (0.0, ceiling)
-    support = problem.linear <= low * problem.limits
-    best, reached, smallest = below, low, math.inf
+    support = (problem.linear <= low * problem.limits) | problem.root.regular
+    best = _judged(problem, goal, below, low)
     step, slow = abs(low) or float(problem.sizes.max()), 0
     for _ in range(200):
         guess = math.nan
-        candidate = _on_support(problem, support, closure) if support.any() else None
+        candidate = _on_support(problem, support, goal.closure) if support.any() else None
         if candidate is not None:
-            wrong, violation = _judge(problem, support, *candidate)
-            guess = candidate[1]
-            if violation < smallest:
-                best, reached, smallest = np.maximum(candidate[0], 0.0), guess, violation
-            if violation <= ACCEPTED and not wrong.any():
-                return np.maximum(candidate[0], 0.0), guess
+            values, guess = candidate
+            judged = _judged(problem, goal, np.maximum(values, 0.0), guess)
+            best = min(best, judged, key=lambda solution: solution.missed)
+            if values.min() >= 0 and judged.missed <= SETTLED:
+                return judged
         width = high - low
         if low < guess < high and slow < 3:
             level = guess
@@ -375,79 +442,35 @@ def _bracket(
         linear, sizes = problem.at(level)
         if not low < level < high or (width * problem.limits <= EPS * sizes).all():
             break
-        found = pivot(problem.cosines, linear, sizes, support) if regular else None
-        found = add_one_by_one(problem.cosines, linear, sizes) if found is None else found
-        if found is None or excess(found) >= 0:
-            high, above = level, found
+        trial = problem.root.above(-linear, scale)
+        if trial is None or goal.excess(trial) >= 0:
+            high, above = level, trial
         else:
-            low, below = level, found
+            low, below = level, trial
         slow = 0 if high - low < 0.5 * width else slow + 1
-        if found is not None:
-            support = found > 0
+        if trial is not None:
+            support = trial > 0
+    candidates = [best, _judged(problem, goal, below, low)]
     if above is not None:
         # Dependent gradients: at one τ many x are right, and what is asked for lies between two of them.
-        span = excess(above) - excess(below)
-        mixed = below + (-excess(below) / span if span > 0 else 0.0) * (above - below)
-        violation = residual(problem.cosines, *problem.at(high), mixed)
-        if violation < smallest:
-            best, reached, smallest = mixed, high, violation
-    if smallest > 1e3 * ACCEPTED:
-        raise ValueError(
-            f"the conditions of the problem with {len(support)} tasks are met to {smallest:.1e} only: the matrix is "
-            "not positive semidefinite to rounding, so it is not a Gramian."
-        )
-    return best, reached
-
-
-# ---- where zero lies in the hull
-
-
-def hull_holds_zero(cosines: Array) -> bool:
-    """True if the convex hull of unit gradients holds 0 to rounding.
-
-    Args:
-        cosines: [T, T] inner products of the gradients scaled to unit length.
-    """
-    weights = minimum_norm_point(cosines)
-    return bool(weights @ cosines @ weights <= NOTHING * len(weights) * (weights @ np.abs(cosines) @ weights))
-
-
-def _all_vanish(cosines: Array) -> Array | None:
-    """Row t: x ≥ 0 with u_t + Σ x_i u_i = 0, where a vanishing positive combination spans everything; None elsewhere.
-
-    All projections onto the dual cone are then zero, and T problems are one linear system.
-    """
-    tasks = len(cosines)
-    shares = minimum_norm_point(cosines)
-    if float(shares @ cosines @ shares) > NOTHING * tasks * float(shares @ np.abs(cosines) @ shares):
-        return None
-    inside = np.flatnonzero(shares > 1e-9 * shares.max())
-    values, vectors = np.linalg.eigh(cosines[np.ix_(inside, inside)])
-    kept = values > 32 * tasks * EPS * values[-1]
-    basis = vectors[:, kept]
-    solution = np.zeros((tasks, tasks))
-    solution[:, inside] = (-cosines[:, inside] @ basis / values[kept]) @ basis.T
-    own = solution + np.eye(tasks)
-    if (np.abs(own @ cosines) > ACCEPTED * (np.abs(own) @ np.abs(cosines))).any():
-        return None  # the support spans less
-    lift = np.maximum(-solution[:, inside] / shares[inside], 0.0).max(axis=1)
-    return np.asarray(np.maximum(solution + lift[:, None] * shares, 0.0))
+        span = goal.excess(above) - goal.excess(below)
+        mixed = below + (-goal.excess(below) / span if span > 0 else 0.0) * (above - below)
+        candidates.append(_judged(problem, goal, mixed, high))
+    return min(candidates, key=lambda solution: solution.missed)
 
 
 def _capped(problem: _Problem, target: float) -> Nearest:
     """CAGrad where no direction helps every task: level zero if the ball reaches it, a negative one otherwise."""
-    lifted = nonnegative_minimiser(problem.cosines, problem.linear, problem.sizes)
-    if math.sqrt(max(float(lifted @ problem.cosines @ lifted), 0.0)) <= target:
-        return problem.nearest(lifted, 0.0)
+    lifted = problem.lift()
+    if problem.length(lifted) <= target:
+        return problem.nearest(lifted, 0.0, problem.missed(lifted, 0.0))
     # Tasks without gradient hold at every level below zero.
-    present = problem.present()
-    found = present.nearest(*_at_distance(present, target))
+    present, inside = problem.present(), problem.norms > 0
+    solution = _at_distance(present, target, lifted[inside])
+    nearest = present.nearest(solution.values, solution.level, solution.missed)
     weights = problem.given.copy()
-    weights[problem.norms > 0] = found.weights
-    return Nearest(weights, found.level, found.vanishes)
-
-
-# ---- small things
+    weights[inside] = nearest.weights
+    return replace(nearest, weights=weights)
 
 
 def _prepare(gramian: ArrayLike, preference: ArrayLike) -> tuple[Array, Array, Array]:
@@ -458,6 +481,13 @@ def _prepare(gramian: ArrayLike, preference: ArrayLike) -> tuple[Array, Array, A
     if given.size and (given.shape != norms.shape or not (given >= 0).all()):
         raise ValueError(f"preference must hold {len(norms)} numbers >= 0, not {given.tolist()}.")
     return norms, cosines, given
+
+
+def _accounted(cosines: Array, missed: float) -> float:
+    """The residual, or the error that the matrix has no gradients, where that is why a solution misses."""
+    if missed > RESIDUAL:
+        check_semidefinite(cosines)
+    return missed
 
 
 def _over(values: Array, lengths: Array) -> Array:

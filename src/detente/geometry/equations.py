@@ -9,13 +9,13 @@ Both are solved for the coefficients β_i = w_i‖g_i‖ of the unit gradients, 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from detente.geometry.dual_cone import hull_holds_zero
 from detente.geometry.gramian import Array, unit_rows
-from detente.geometry.pivoting import EPS, independent
+from detente.geometry.nonnegative import EPS, root_of
 from detente.geometry.pseudoinverse import inverse_times_ones
 
 # Newton steps; 5 to 40 are taken.
@@ -54,7 +54,7 @@ def fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Array | None:
         raise ValueError(f"alpha={alpha} must be a finite number above 0.")
     norms, cosines = _one(gramian)
     longest = float(norms.max())
-    if norms.min() == 0 or (not independent(cosines) and hull_holds_zero(cosines)):
+    if norms.min() == 0 or root_of(cosines).cancelling.any():
         return None
     logs = np.log(norms / longest)
     power = 1.0 - 1.0 / alpha
@@ -94,7 +94,27 @@ def fair_residual(gramian: ArrayLike, weights: ArrayLike, alpha: float = 1.0) ->
     return float((np.abs(cosines @ beta - wanted) / sizes).max())
 
 
-def unit_direction(gramian: ArrayLike) -> tuple[Array, bool]:
+@dataclass(frozen=True)
+class UnitDirection:
+    """A direction equally inclined to all gradients.
+
+    Attributes:
+        weights: [T], of any sign.
+        vanishes: True if the direction is zero to rounding: the pseudo-inverse solution vanishes (as for two opposite
+            gradients), or the projections add up to nothing.
+        residual: by how much the least-squares solution misses C(Cβ − 1) = 0, relative to the terms summed.
+
+    Example:
+        >>> unit_direction([[1.0, 0.0], [0.0, 1.0]]).vanishes
+        False
+    """
+
+    weights: Array
+    vanishes: bool
+    residual: float
+
+
+def unit_direction(gramian: ArrayLike) -> UnitDirection:
     """Weights of ConFIG: a direction equally inclined to all gradients, as long as their projections on it add up to.
 
     u is the normalised pseudo-inverse of the unit gradients times 1, d = (Σ⟨g_i, u⟩) u (Liu et al. 2024, equation 5).
@@ -103,31 +123,29 @@ def unit_direction(gramian: ArrayLike) -> tuple[Array, bool]:
     Args:
         gramian: [T, T].
 
-    Returns:
-        Weights [T], and whether the direction is zero to rounding: the pseudo-inverse solution vanishes (as for two
-        opposite gradients), or the projections add up to nothing.
-
     Raises:
         ValueError: not one Gramian.
 
     Example:
-        >>> unit_direction([[1.0, 0.0], [0.0, 4.0]])
-        (array([1.5 , 0.75]), False)
+        >>> unit_direction([[1.0, 0.0], [0.0, 4.0]]).weights
+        array([1.5 , 0.75])
     """
     norms, cosines = _one(gramian)
     weights = np.zeros(len(norms))
     present = np.flatnonzero(norms)
     if not len(present):
-        return weights, True
+        return UnitDirection(weights, True, 0.0)
     lengths, part = norms[present], cosines[np.ix_(present, present)]
     beta, inclined, _ = inverse_times_ones(part)
+    gaps, magnitudes = part @ (part @ beta - 1.0), np.abs(part)
+    residual = float((np.abs(gaps) / (magnitudes @ (magnitudes @ np.abs(beta) + 1.0))).max())
     if float(inclined @ inclined) <= NOTHING_LEFT * len(present):
-        return weights, True
+        return UnitDirection(weights, True, residual)
     relative = lengths / lengths.max()
     factor = float(relative @ inclined) / float(beta @ inclined)
     weights[present] = factor * beta / relative
     negligible = abs(float(relative @ inclined)) <= len(present) * EPS * float(relative @ np.abs(inclined))
-    return weights, negligible
+    return UnitDirection(weights, negligible, residual)
 
 
 # ---- private

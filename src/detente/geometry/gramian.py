@@ -1,14 +1,24 @@
-"""What every solver of this room does first: check a Gramian, and take its rows to unit length."""
+"""What every solver of this room does first: check a Gramian, and take its rows to unit length, on one thread."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 Array = NDArray[np.float64]
 
 # How far an entry may be from symmetry, or a cosine beyond one, before it is no longer rounding of a float64 Gramian.
 ROUNDING = 1e-8
+# Up to here numpy's BLAS does not start threads for a product of T×T matrices.
+ALONE = 32
 
 
 def validated(gramian: ArrayLike) -> Array:
@@ -37,6 +47,26 @@ def validated(gramian: ArrayLike) -> Array:
             "its square overflows float64. Check that task's loss."
         )
     return gram
+
+
+def check_semidefinite(cosines: Array) -> None:
+    """Refuse a matrix of cosines [T, T] that no gradients have, by far more than rounding.
+
+    Solvers ask where they have no solution to the accuracy promised: of a Gramian the best point is an answer, of
+    another matrix there may be none.
+
+    Raises:
+        ValueError: an eigenvalue is negative beyond rounding.
+
+    Example:
+        >>> check_semidefinite(np.eye(2))
+    """
+    lowest = float(np.linalg.eigvalsh(cosines)[0])
+    if lowest < -ROUNDING * len(cosines):
+        raise ValueError(
+            f"the matrix of {len(cosines)} tasks is not positive semidefinite (smallest eigenvalue of the cosines "
+            f"{lowest:.1e}): it is not a Gramian."
+        )
 
 
 def unit_rows(gramian: ArrayLike) -> tuple[Array, Array]:
@@ -95,3 +125,33 @@ def unit_rows(gramian: ArrayLike) -> tuple[Array, Array]:
         vanishing = norms == 0
         cosines[vanishing[..., :, None] | vanishing[..., None, :]] = 0.0
     return norms, cosines
+
+
+def one_thread(tasks: int) -> AbstractContextManager[object]:
+    """While this lasts the BLAS of numpy and scipy runs on one thread; for few tasks it does so anyway.
+
+    Torch's threads go on spinning for a while after an operation. Threads that numpy's BLAS starts meanwhile for a T×T
+    product wait for a core, much longer than the product takes.
+
+    Args:
+        tasks: T, the size of the matrices.
+
+    Example:
+        >>> import numpy as np
+        >>> with one_thread(100):
+        ...     product = np.eye(100) @ np.eye(100)
+    """
+    if tasks <= ALONE:
+        return nullcontext()
+    limited: AbstractContextManager[object] = _controller("scipy.linalg" in sys.modules).limit(
+        limits=1, user_api="blas"
+    )
+    return limited
+
+
+@cache
+def _controller(with_scipy: bool) -> ThreadpoolController:
+    # It knows the libraries that are loaded when it is made, and scipy brings its own.
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -25,6 +25,8 @@ class EqualProjections:
         weights: [T], of any sign.
         kind: ``found``; ``zero``: the affine hull holds 0 and d = 0 to rounding; ``none``: no such vector exists, and
             the weights (whose magnitudes sum to one) only point where the equal projections are.
+        residual: largest distance of a projection from the common one, relative to the terms summed; None where there
+            is no such vector.
 
     Example:
         >>> equal_projections([[1.0, 0.0], [0.0, 1.0]]).weights
@@ -33,6 +35,7 @@ class EqualProjections:
 
     weights: Array
     kind: Literal["found", "zero", "none"]
+    residual: float | None = None
 
 
 def equal_projections(gramian: ArrayLike) -> EqualProjections:
@@ -58,7 +61,7 @@ def equal_projections(gramian: ArrayLike) -> EqualProjections:
     norms, cosines = unit_rows(gramian)
     vanishing = norms == 0
     if vanishing.any():
-        return EqualProjections(vanishing / vanishing.sum(), "zero")
+        return EqualProjections(vanishing / vanishing.sum(), "zero", 0.0)
     shorter = norms.min() / norms  # in (0, 1]: 1 / ‖g_i‖ in units that neither overflow nor vanish
     solution, _, kernel = inverse_times_ones(cosines)
     if kernel.shape[1]:
@@ -66,10 +69,17 @@ def equal_projections(gramian: ArrayLike) -> EqualProjections:
         inside, terms = projector @ shorter, np.abs(projector) @ shorter
         # Row by row, because a short gradient's weight would hide what two long ones do.
         if (np.abs(inside) > EQUAL * terms)[projector.diagonal() > 1e-12].any():
-            return EqualProjections(inside * shorter / (inside @ inside), "zero")
+            shares = inside / (inside @ inside)
+            return EqualProjections(shares * shorter, "zero", _spread(cosines, shares, 0.0))
     weights = solution * shorter
     total, size = weights.sum(), np.abs(weights).sum()
     outside = np.linalg.norm(kernel.sum(axis=0)) > EQUAL * np.sqrt(len(norms))
     if outside or not abs(total) > CANCELLED * size:
         return EqualProjections(weights / size if size > 0 else np.full(len(norms), 1 / len(norms)), "none")
-    return EqualProjections(weights / total, "found")
+    return EqualProjections(weights / total, "found", _spread(cosines, solution, 1.0))
+
+
+def _spread(cosines: Array, shares: Array, projection: float) -> float:
+    """Largest |⟨d, u_i⟩ − projection| over the terms that were summed, for d = Σ shares_i u_i."""
+    sizes = np.abs(cosines) @ np.abs(shares) + projection
+    return float((np.abs(cosines @ shares - projection) / sizes).max())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from detente.geometry.gramian import Array
-from detente.geometry.pivoting import EPS, independent
+from detente.geometry.nonnegative import EPS, independent
 
 
 def inverse_times_ones(cosines: Array) -> tuple[Array, Array, Array]:

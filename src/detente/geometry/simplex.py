@@ -21,7 +21,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from detente.geometry.gramian import ROUNDING, Array, unit_rows, validated
+from detente.geometry.gramian import ROUNDING, Array, check_semidefinite, unit_rows, validated
 
 EPS = float(np.finfo(np.float64).eps)
 # What is promised (see `simplex_residual`), and what the fast path must reach to be believed.
@@ -41,7 +41,8 @@ def minimum_norm_point(gramian: ArrayLike) -> Array:
     """Weights of the shortest vector in the convex hull of T gradients, exact for any T.
 
     min αᵀGα subject to α ≥ 0, Σα = 1 (Désidéri 2012; Sener & Koltun 2018, equation 3). The residual
-    (:func:`simplex_residual`) is at rounding level, whatever the scale and the ratio of the norms and the rank.
+    (:func:`simplex_residual`) is at rounding level, whatever the scale and the ratio of the norms and the rank; should
+    rounding ever keep it from there, the best weights found are returned.
 
     Ties: if several weightings reach the shortest vector, the one with the smallest Σ α_i²‖g_i‖² is returned, so that
     equal gradients get equal weights and permuting the tasks permutes the weights. Gradients of zero length share the
@@ -63,7 +64,7 @@ def minimum_norm_point(gramian: ArrayLike) -> Array:
     gram = validated(gramian)
     tasks = gram.shape[-1]
     if tasks == 2:
-        rows = [_pair(*_checked_pair(*entries)) for entries in gram.reshape(-1, 4).tolist()]
+        rows = list(map(_checked_pair, *gram.reshape(-1, 4).T.tolist()))
         return np.array(rows).reshape(gram.shape[:-1])
     norms, cosines = unit_rows(gram)
     if tasks == 1 or not norms.size:
@@ -193,12 +194,12 @@ def _pair(first: float, product: float, second: float) -> tuple[float, float]:
     return (1.0, 0.0) if first < second else (0.0, 1.0)
 
 
-def _checked_pair(first: float, product: float, mirrored: float, second: float) -> tuple[float, float, float]:
-    """The three numbers of a 2 × 2 Gramian; the checks of `unit_rows` without the cost of small arrays."""
+def _checked_pair(first: float, product: float, mirrored: float, second: float) -> tuple[float, float]:
+    """The two weights for the entries of a 2 × 2 Gramian; `unit_rows`' checks without the cost of small arrays."""
     bound = (first**0.5 * second**0.5) if first >= 0 and second >= 0 else -1.0
     if not (abs(product - mirrored) <= ROUNDING * bound and abs(product) <= (1 + ROUNDING) * bound):
         unit_rows([[first, product], [mirrored, second]])  # raises with the reason, or tolerates it
-    return first, 0.5 * (product + mirrored), second
+    return _pair(first, 0.5 * (product + mirrored), second)
 
 
 def _solve(norms: Array, cosines: Array) -> Array:
@@ -224,10 +225,7 @@ def _solve_dependent(cosines: Array, limits: Array) -> Array:
     scaled = _wolfe(cosines, limits)
     residual = float(_residual(cosines, limits, scaled))
     if residual > RESIDUAL:
-        raise ValueError(
-            f"no minimum-norm weights reach a residual of {RESIDUAL} (best {residual:.1e}): the matrix of {tasks} "
-            "tasks is not positive semidefinite to rounding, so it is not a Gramian."
-        )
+        check_semidefinite(cosines)
     # Every other solution lies on the same face of the hull; among those the tie rule chooses.
     gaps, sizes = _gaps(cosines, limits, scaled)
     face = np.flatnonzero(gaps < 16 * tasks * EPS * sizes)

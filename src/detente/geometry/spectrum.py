@@ -109,7 +109,8 @@ def condition_of_rows(norms: Array, cosines: Array) -> float:
     if norms.min() == 0:
         return math.inf
     if len(norms) == 2:
-        return _condition_of_two(norms / longest, float(cosines[0, 1]))
+        largest, area = _two(norms / longest, float(cosines[0, 1]))
+        return math.inf if area == 0 else max(1.0, largest / area)
     order, factor = _factor(norms / longest, cosines)
     if factor.shape[1] < len(norms):
         return math.inf
@@ -117,30 +118,24 @@ def condition_of_rows(norms: Array, cosines: Array) -> float:
     return math.inf if singular[-1] == 0 else max(1.0, float(singular[0] / singular[-1]))
 
 
-def _condition_of_two(norms: Array, cosine: float) -> float:
-    """The same in closed form; without squares of the shorter norm, which may vanish."""
-    if _dependent(cosine):
-        return math.inf
-    a, b = float(norms[0]), float(norms[1])
-    return max(1.0, _largest_of_two(a, b, cosine) / (a * b * math.sqrt((1 - cosine) * (1 + cosine))))
+def _two(norms: Array, cosine: float) -> tuple[float, float]:
+    """The larger eigenvalue of two tasks, and the root of the product of both, without squares of the shorter norm.
 
-
-def _largest_of_two(a: float, b: float, cosine: float) -> float:
-    """The eigenvalues have the sum a² + b² and the product a²b²(1 - c²)."""
-    return (a * a + b * b + math.hypot((a - b) * (a + b), 2 * a * b * cosine)) / 2
-
-
-def _dependent(cosine: float) -> bool:
-    """Whether two gradients are parallel but for rounding, judged as the rank of any number of tasks."""
-    return 1 - abs(cosine) <= 16 * EPS * (1 + abs(cosine))
+    The sum is a² + b², the product a²b²(1 - c²); it is zero for gradients that are parallel but for rounding, judged as
+    the rank of any number of tasks.
+    """
+    a, b = norms.tolist()
+    largest = (a * a + b * b + math.hypot((a - b) * (a + b), 2 * a * b * cosine)) / 2
+    parallel = 1 - abs(cosine) <= 16 * EPS * (1 + abs(cosine))
+    return largest, 0.0 if parallel else a * b * math.sqrt((1 - cosine) * (1 + cosine))
 
 
 def _decompose_two(norms: Array, cosine: float) -> tuple[Array, Array]:
-    """The same for two tasks: the vectors stand at half the angle of (a² - b², 2abc)."""
+    """Eigenvalues descending and eigenvectors of two tasks: the vectors stand at half the angle of (a² - b², 2abc)."""
     b, a = sorted(norms.tolist())  # from the longer one, the angle is small where the lengths differ much
     angle = math.atan2(2 * a * b * cosine, (a - b) * (a + b)) / 2
-    largest = _largest_of_two(a, b, cosine)
-    smallest = 0.0 if _dependent(cosine) else (a * b) ** 2 * ((1 - cosine) * (1 + cosine)) / largest
+    largest, area = _two(norms, cosine)
+    smallest = area * area / largest
     along, across = math.cos(angle), math.sin(angle)
     longer, shorter = [along, -across], [across, along]
     vectors = [longer, shorter] if norms[0] >= norms[1] else [shorter, longer]

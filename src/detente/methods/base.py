@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from detente.geometry.threads import one_thread
+from detente.geometry.gramian import one_thread
 from detente.methods.arguments import (
     Preference,
     check_names,

@@ -66,6 +66,10 @@ class CAGrad(Method):
     def solve(self, gradients: TaskGradients) -> Combination:
         """The weights of the conflict-averse direction."""
         assert gradients.gramian is not None
-        found = conflict_averse(gradients.gramian, np.full(gradients.tasks, 1 / gradients.tasks), self.c)
-        weights = found.weights / (1.0, 1.0 + self.c**2, 1.0 + self.c)[self.rescale]
-        return Combination(weights=torch.from_numpy(weights), status="stationary" if found.vanishes else "ok")
+        nearest = conflict_averse(gradients.gramian, np.full(gradients.tasks, 1 / gradients.tasks), self.c)
+        weights = nearest.weights / (1.0, 1.0 + self.c**2, 1.0 + self.c)[self.rescale]
+        return Combination(
+            weights=torch.from_numpy(weights),
+            status="stationary" if nearest.vanishes else "ok",
+            residual=nearest.residual,
+        )

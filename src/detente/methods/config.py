@@ -45,5 +45,9 @@ class ConFIG(Method):
     def solve(self, gradients: TaskGradients) -> Combination:
         """The weights of the conflict-free direction."""
         assert gradients.gramian is not None
-        weights, vanishes = unit_direction(gradients.gramian)
-        return Combination(weights=torch.from_numpy(weights), status="stationary" if vanishes else "ok")
+        direction = unit_direction(gradients.gramian)
+        return Combination(
+            weights=torch.from_numpy(direction.weights),
+            status="stationary" if direction.vanishes else "ok",
+            residual=direction.residual,
+        )

@@ -23,7 +23,10 @@ class DualProj(Method):
     diagonal, which drops a task a thousand times shorter than the others, and switches the projection off for gradients
     shorter than 0.01; nothing is added here.
 
-    Cost: a few linear systems in T unknowns.
+    Gradients of which a positive combination is shorter than rounding can tell (about 6e-8 √T of its terms) count as
+    cancelling: what is left is orthogonal to them, and the residual says by how much they are hurt.
+
+    Cost: one non-negative least-squares problem in T unknowns.
 
     When to use it: the mean loss matters, and no task may get worse to first order.
 
@@ -59,7 +62,9 @@ class DualProj(Method):
         given = self.preference(gradients.names)
         if given is None:
             given = np.full(gradients.tasks, 1 / gradients.tasks)
-        found = dual_cone_projection(gradients.gramian, given)
+        projection = dual_cone_projection(gradients.gramian, given)
         return Combination(
-            weights=torch.from_numpy(found.weights), status="stationary" if found.vanishes else "ok"
+            weights=torch.from_numpy(projection.weights),
+            status="stationary" if projection.vanishes else "ok",
+            residual=projection.residual,
         )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from detente.geometry.gramian import unit_rows
-from detente.geometry.simplex import minimum_norm_point
+from detente.geometry.simplex import minimum_norm_point, simplex_residual
 from detente.methods.base import Declaration, Method
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
@@ -52,10 +52,13 @@ class EDM(Method):
         assert gradients.gramian is not None
         norms, cosines = unit_rows(gradients.gramian)
         shares = minimum_norm_point(cosines)
-        squared = float(shares @ cosines @ shares)
         if norms.min() == 0:
             return Combination(weights=torch.from_numpy(shares), status="stationary")
+        squared = float(shares @ cosines @ shares)
+        residual = None if gradients.tasks <= 2 else float(simplex_residual(cosines, shares))
         weights = shares * (norms.min() / norms)
         weights /= weights.sum()
         stationary = squared <= STATIONARY * gradients.tasks
-        return Combination(weights=torch.from_numpy(weights), status="stationary" if stationary else "ok")
+        return Combination(
+            weights=torch.from_numpy(weights), status="stationary" if stationary else "ok", residual=residual
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from detente.geometry.equations import fair_weights
+from detente.geometry.equations import fair_residual, fair_weights
 from detente.methods.base import Declaration, Method
 from detente.methods.options import number
 from detente.methods.registry import register
@@ -64,4 +64,5 @@ class FairGrad(Method):
             note = "fairgrad: no direction helps every task: the equation has no solution"
             nothing = torch.zeros(gradients.tasks, dtype=torch.float64)
             return Combination(weights=nothing, status="refused", notes=(note,))
-        return Combination(weights=torch.from_numpy(weights))
+        residual = fair_residual(gradients.gramian, weights, self.alpha)
+        return Combination(weights=torch.from_numpy(weights), residual=residual)

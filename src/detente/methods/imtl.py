@@ -79,4 +79,8 @@ class IMTL(Method):
         found = equal_projections(gramian * scales[:, None] * scales)
         slope = scales * gradients.losses - 1
         values[at], moments[at] = adam_step(values[at], moments[at], slope, lr=self.lr)
-        return Combination(weights=torch.from_numpy(found.weights * scales), status=STATUS[found.kind])
+        return Combination(
+            weights=torch.from_numpy(found.weights * scales),
+            status=STATUS[found.kind],
+            residual=found.residual,
+        )

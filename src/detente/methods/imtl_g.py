@@ -57,4 +57,5 @@ class IMTLG(Method):
             notes=("imtl-g: no weights that sum to one give equal projections",)
             if found.kind == "none"
             else (),
+            residual=found.residual,
         )

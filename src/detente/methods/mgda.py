@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from detente.geometry.simplex import frank_wolfe, minimum_norm_point
+from detente.geometry.simplex import frank_wolfe, minimum_norm_point, simplex_residual
 from detente.methods.base import Declaration, Method
 from detente.methods.options import one_of
 from detente.methods.registry import register
@@ -80,29 +80,39 @@ class MGDA(Method):
         """The minimum-norm weights."""
         gramian = gradients.gramian
         assert gramian is not None
-        divisor = self._divisor(gradients)
-        problem = gramian if divisor is None else gramian / divisor[:, None] / divisor
-        weights = minimum_norm_point(problem) if self.solver == "exact" else frank_wolfe(problem)
-        return self._combination(gramian, weights)
+        problem = gramian
+        if self.normalize != "none":
+            divisor = self._divisor(gradients)
+            problem = gramian / divisor[:, None] / divisor
+        exact = self.solver == "exact"
+        weights = minimum_norm_point(problem) if exact else frank_wolfe(problem)
+        closed_form = exact and len(weights) <= 2
+        residual = None if closed_form else float(simplex_residual(problem, weights))
+        return self._combination(gramian, weights, residual)
 
     def solve_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
         """All blocks in one batch, where the solver takes one."""
         if self.solver != "exact" or self.normalize != "none":
             return super().solve_blocks(blocks)
         gramians = np.stack([block.gramian for block in blocks if block.gramian is not None])
-        return list(map(self._combination, gramians, minimum_norm_point(gramians)))
+        weights = minimum_norm_point(gramians)
+        closed_form = weights.shape[-1] <= 2
+        residuals = (
+            [None] * len(weights) if closed_form else np.asarray(simplex_residual(gramians, weights)).tolist()
+        )
+        return list(map(self._combination, gramians, weights, residuals))
 
-    def _combination(self, gramian: np.ndarray, weights: np.ndarray) -> Combination:
+    def _combination(self, gramian: np.ndarray, weights: np.ndarray, residual: float | None) -> Combination:
         norms = np.sqrt(np.diagonal(gramian))
         terms = weights * norms
         squared = float(weights @ gramian @ weights)
         stationary = squared <= STATIONARY * len(weights) * float(terms.sum()) ** 2
-        return Combination(weights=torch.from_numpy(weights), status="stationary" if stationary else "ok")
+        return Combination(
+            weights=torch.from_numpy(weights), status="stationary" if stationary else "ok", residual=residual
+        )
 
-    def _divisor(self, gradients: TaskGradients) -> np.ndarray | None:
-        """[T] positive numbers that divide the gradients of the problem, None for none."""
-        if self.normalize == "none":
-            return None
+    def _divisor(self, gradients: TaskGradients) -> np.ndarray:
+        """[T] positive numbers that divide the gradients of the problem."""
         divisor = np.ones(gradients.tasks)
         if self.normalize in ("l2", "loss+"):
             assert gradients.gramian is not None

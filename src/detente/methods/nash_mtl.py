@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from detente.geometry.equations import fair_weights
+from detente.geometry.equations import fair_residual, fair_weights
 from detente.methods.base import Declaration, Method
 from detente.methods.options import number
 from detente.methods.registry import register
@@ -71,8 +71,9 @@ class NashMTL(Method):
         if weights is None:
             nothing = torch.zeros(gradients.tasks, dtype=torch.float64)
             return Combination(weights=nothing, status="refused", notes=(f"nash-mtl: {NO_SOLUTION}",))
+        residual = fair_residual(gradients.gramian, weights)
         if self.max_norm is not None:
             # The square of the norm is T where the equation holds; the Gramian is asked all the same.
             scaled = weights[:, None] * gradients.gramian * weights
             weights = weights * min(1.0, self.max_norm / float(np.sqrt(scaled.sum())))
-        return Combination(weights=torch.from_numpy(weights))
+        return Combination(weights=torch.from_numpy(weights), residual=residual)

@@ -118,6 +118,7 @@ class PerBlock(Wrapper):
             status="refused" if len(refused) == len(results) else _status(results),
             dropped=tuple(dict.fromkeys(name for result in results for name in result.dropped)),
             notes=notes,
+            residual=max((r.residual for r in results if r.residual is not None), default=None),
         )
         everyone_refused = whole.status == "refused"
         still = [

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from detente.geometry.dual_cone import NOTHING, directed
+from detente.geometry.dual_cone import directed
+from detente.geometry.nonnegative import NOTHING
 from detente.geometry.projection import project_onto_simplex
 from detente.methods.base import Declaration, Method
 from detente.methods.options import number, one_of, whole
@@ -85,8 +86,10 @@ class SDMGrad(Method):
         assert gramian is not None
         mean = np.full(tasks, 1 / tasks)
         notes: tuple[str, ...] = ()
+        residual = None
         if self.solver == "exact":
-            shares = directed(gramian, mean, self.lambda_)
+            solution = directed(gramian, mean, self.lambda_)
+            shares, residual = solution.weights, solution.residual
         else:
             shares, notes = self._descend(gradients)
         weights = (shares + self.lambda_ * mean) / (1.0 + self.lambda_)
@@ -95,7 +98,10 @@ class SDMGrad(Method):
         squared, terms = float(weights @ gramian @ weights), float(weights @ norms)
         stationary = squared <= NOTHING * tasks * terms**2
         return Combination(
-            weights=torch.from_numpy(weights), status="stationary" if stationary else "ok", notes=notes
+            weights=torch.from_numpy(weights),
+            status="stationary" if stationary else "ok",
+            notes=notes,
+            residual=residual,
         )
 
     def _descend(self, gradients: TaskGradients) -> tuple[np.ndarray, tuple[str, ...]]:

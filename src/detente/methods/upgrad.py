@@ -17,14 +17,16 @@ class UPGrad(Method):
 
     π(g_t) = argmin ‖d − g_t‖ subject to ⟨g_i, d⟩ ≥ 0 for all i, and the direction is Σ p_t π(g_t) (Quinton & Rey 2024,
     equation 1). It conflicts with no task, and a task's influence grows in proportion to its own gradient. These are T
-    non-negative least-squares problems on one Gramian, solved together and exactly; the altered gradients go into the
-    record.
+    non-negative least-squares problems on one Gramian, solved exactly; the altered gradients go into the record.
 
     The direction vanishes exactly when 0 is a strictly positive combination of the gradients. One public code adds 1e-4
     to the diagonal, which drops a task a thousand times shorter than the others, and switches the projection off for
     gradients shorter than 0.01; nothing is added here.
 
-    Cost: T small linear systems in up to T unknowns, two to six times.
+    Gradients of which a positive combination is shorter than rounding can tell (about 6e-8 √T of its terms) count as
+    cancelling: what is left is orthogonal to them, and the residual says by how much they are hurt.
+
+    Cost: T non-negative least-squares problems in T unknowns, 0.1 ms for 8 tasks, some ms for 40.
 
     When to use it: no task may get worse to first order, and larger gradients should count for more.
 
@@ -57,7 +59,8 @@ class UPGrad(Method):
     def solve(self, gradients: TaskGradients) -> Combination:
         """The projections' weights, and their mean."""
         assert gradients.gramian is not None
-        transform, vanishes = dual_cone_projections(gradients.gramian)
+        projections = dual_cone_projections(gradients.gramian)
+        transform = projections.transform
         given = self.preference(gradients.names)
         weights = (
             np.full(gradients.tasks, 1 / gradients.tasks) @ transform if given is None else given @ transform
@@ -65,5 +68,6 @@ class UPGrad(Method):
         return Combination(
             weights=torch.from_numpy(weights),
             transform=torch.from_numpy(transform),
-            status="stationary" if vanishes else "ok",
+            status="stationary" if projections.vanishes else "ok",
+            residual=projections.residual,
         )
