@@ -350,7 +350,7 @@ def pages(docs: Path) -> dict[str, str]:
     """Path below the docs folder to Markdown, for every page made here; the table first, then by name."""
     infos = {name: info for name, info in detente.methods().items() if name_is_ours(name)}
     names = frozenset(infos)
-    written = {name: read_docstring(type(detente.create(name)), names - {name}) for name in infos}
+    written = {name: read_docstring(infos[name].factory, names - {name}) for name in infos}
     times, paths = read_times(docs), read_paths(docs)
     found = {"methods/index.md": index_page(infos, written, times)}
     for name, info in infos.items():

@@ -6,7 +6,7 @@ everything of the size of the parameters is a torch tensor where the parameters 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -220,8 +220,33 @@ class Option:
     search: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
-class MethodInfo:
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Hold what a registry tells of one name, whether of a method, a wrapper or anything else made from options.
+
+    Attributes:
+        name: what it is created by.
+        summary: one line.
+        source: paper and equation, or where the idea comes from.
+        options: name to :class:`Option`.
+        factory: takes the options as keywords (and first what it is put around, if anything).
+
+    Example:
+        >>> import detente
+        >>> row = detente.wrappers.registered()["every"]
+        >>> row.options["k"].default, row.factory(detente.create("mgda"), k=3).declares.name
+        (5, 'every(mgda)')
+    """
+
+    name: str
+    summary: str
+    source: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    factory: Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo(Row):
     """What a method declares of itself; tests, benchmarks, tables and the engine read nothing else.
 
     Attributes:
@@ -233,6 +258,7 @@ class MethodInfo:
         spaces: where its problem can be solved: ``exact``, ``features``, ``layer``.
         stateful: True if a call changes what the next call returns.
         options: name to :class:`Option`.
+        factory: takes the options as keywords: the method's class, or a function that makes one.
         native_scale: length of its direction: ``sum``, ``mean``, ``simplex``, ``unit`` or ``own``.
         homogeneity: degree k: scaling all gradients by s scales the direction by s to the k; None if none holds.
         nonconflict: True if the direction has a non-negative inner product with every task gradient.
@@ -252,13 +278,9 @@ class MethodInfo:
         'hull'
     """
 
-    name: str
-    summary: str
-    source: str
     needs: frozenset[str]
     spaces: frozenset[str]
     stateful: bool
-    options: Mapping[str, Option] = field(default_factory=dict)
     native_scale: Literal["sum", "mean", "simplex", "unit", "own"] = "own"
     homogeneity: float | None = None
     nonconflict: bool = False
@@ -272,3 +294,10 @@ class MethodInfo:
     def takes_gradients(self) -> bool:
         """True if the method must see task gradients, False for a weighting of the losses."""
         return bool(self.needs & GRADIENT_NEEDS)
+
+    @property
+    def batches(self) -> int:
+        """How many independent batches it compares in a step, by its need ``batches:k``; 1 without that need."""
+        return max(
+            (int(need.partition(":")[2]) for need in self.needs if need.startswith("batches:")), default=1
+        )

@@ -9,7 +9,7 @@ from laws.given import Subject, registered, variants
 import detente
 
 # The laws' epochs are two steps long; a guard may well refuse both.
-pytestmark = pytest.mark.filterwarnings("ignore::detente.methods.guard.EarlyTerminationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::detente.methods.wrappers.guard.EarlyTerminationWarning")
 
 SUBJECTS = registered()
 DEFAULTS = [
