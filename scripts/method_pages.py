@@ -54,14 +54,13 @@ GIVES = {
 
 def cost_of(info: MethodInfo) -> tuple[str, str]:
     """Backward and forward passes of a step for T tasks, and the memory it takes beside plain training."""
-    batches = next((int(need.split(":")[1]) for need in info.needs if need.startswith("batches:")), 1)
     passes = "1 backward, as the plain sum"
     memory = "none"
     if info.takes_gradients:
         features = ", or 1 with `features=`" if "features" in info.spaces else ""
         passes, memory = f"T backwards through the shared part{features}", "T × P"
-    if batches > 1:
-        passes += f", on up to {batches} batches"
+    if info.batches > 1:
+        passes += f", on up to {info.batches} batches"
     if "after_step" in info.needs:
         passes += "; 1 more forward if `after_step` is called"
     return passes, memory

@@ -19,6 +19,12 @@ Status = Literal["ok", "stationary", "refused"]
 GRADIENT_NEEDS = frozenset({"gramian", "jacobian", "blocks", "activations"})
 """The needs that only task gradients meet."""
 
+NEEDS = GRADIENT_NEEDS | {"losses", "after_step", "epoch"}
+"""The needs a method may declare, beside ``batches:k``."""
+
+EVERYWHERE = frozenset({"exact", "features", "layer"})
+"""The spaces in which a method's problem may be solved."""
+
 
 @dataclass(frozen=True)
 class TaskGradients:
@@ -245,20 +251,19 @@ class Row:
     factory: Callable[..., Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodInfo(Row):
-    """What a method declares of itself; tests, benchmarks, tables and the engine read nothing else.
+@dataclass(frozen=True)
+class Declaration:
+    """Declare what a method needs and promises; the engine, tests, benchmarks and tables read nothing else.
 
-    Attributes:
+    The author of a method writes it down; the registry adds summary and options to make a :class:`MethodInfo`.
+
+    Args:
         name: the name for :func:`detente.create`.
-        summary: one line.
         source: paper and equation.
         needs: what the method must be given, out of ``losses``, ``gramian``, ``jacobian``, ``blocks``,
             ``activations``, ``after_step``, ``batches:k``, ``epoch``. Empty for fixed weights.
         spaces: where its problem can be solved: ``exact``, ``features``, ``layer``.
         stateful: True if a call changes what the next call returns.
-        options: name to :class:`Option`.
-        factory: takes the options as keywords: the method's class, or a function that makes one.
         native_scale: length of its direction: ``sum``, ``mean``, ``simplex``, ``unit`` or ``own``.
         homogeneity: degree k: scaling all gradients by s scales the direction by s to the k; None if none holds.
         nonconflict: True if the direction has a non-negative inner product with every task gradient.
@@ -267,37 +272,72 @@ class MethodInfo(Row):
         simplex: True if the weights are non-negative and sum to one.
         permutation: ``exact`` if permuting the tasks permutes the weights, ``distribution`` if in distribution.
         heads: what own parameters take unless the caller says otherwise: ``own``, the plain gradient of their loss,
-            or ``weighted`` by the task's weight, as every weighting of the losses does by its formula.
+            or ``weighted`` by the task's weight, as every weighting of the losses does by its formula. None becomes
+            ``weighted`` for a method that takes no gradients and ``own`` for the others.
         gives: ``weights`` of the tasks; weights that differ between ``blocks`` of parameters; or only a ``direction``.
+        search: option name to the values a default search tries.
 
     The laws are declared for the default options.
 
+    Raises:
+        ValueError: a need or a space that nothing could meet, most likely a slip of the pen.
+
     Example:
-        >>> import detente
-        >>> detente.methods()["mgda"].stationary
-        'hull'
+        >>> Declaration(name="mine", source="this file", needs=frozenset({"gramian"})).heads
+        'own'
     """
 
-    needs: frozenset[str]
-    spaces: frozenset[str]
-    stateful: bool
+    name: str
+    source: str
+    needs: frozenset[str] = frozenset()
+    spaces: frozenset[str] = EVERYWHERE
+    stateful: bool = False
     native_scale: Literal["sum", "mean", "simplex", "unit", "own"] = "own"
     homogeneity: float | None = None
     nonconflict: bool = False
     stationary: Literal["hull", "affine", "cone"] | None = None
     simplex: bool = False
     permutation: Literal["exact", "distribution"] | None = None
-    heads: Literal["own", "weighted"] = "own"
+    heads: Literal["own", "weighted"] | None = None
     gives: Literal["weights", "blocks", "direction"] = "weights"
+    search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for need in self.needs:
+            kind, _, batches = need.partition(":")
+            if need not in NEEDS and not (kind == "batches" and batches.isdigit() and int(batches) >= 2):
+                raise ValueError(
+                    f"{self.name} declares the unknown need {need!r}; needs are {', '.join(sorted(NEEDS))} and "
+                    "batches:k with k >= 2."
+                )
+        if not self.spaces or self.spaces - EVERYWHERE:
+            unknown = ", ".join(map(repr, sorted(self.spaces - EVERYWHERE)))
+            raise ValueError(
+                f"{self.name} declares {f'the unknown space {unknown}' if unknown else 'no space'}; name at least one "
+                f"of {', '.join(sorted(EVERYWHERE))}."
+            )
+        if self.heads is None:
+            object.__setattr__(self, "heads", "own" if self.takes_gradients else "weighted")
 
     @property
     def takes_gradients(self) -> bool:
-        """True if the method must see task gradients, False for a weighting of the losses."""
+        """Tell whether the method must see task gradients; a weighting of the losses does not."""
         return bool(self.needs & GRADIENT_NEEDS)
 
     @property
     def batches(self) -> int:
-        """How many independent batches it compares in a step, by its need ``batches:k``; 1 without that need."""
+        """Return how many independent batches it compares in a step, k of ``batches:k``; 1 without that need."""
         return max(
             (int(need.partition(":")[2]) for need in self.needs if need.startswith("batches:")), default=1
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo(Row, Declaration):
+    """Hold what a method declares of itself, as :class:`Declaration` and :class:`Row` list it.
+
+    Example:
+        >>> import detente
+        >>> detente.methods()["mgda"].stationary
+        'hull'
+    """

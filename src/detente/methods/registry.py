@@ -13,10 +13,10 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from detente.methods.base import Declaration, Method
-from detente.values import GRADIENT_NEEDS, MethodInfo, Option, Row
+from detente.values import MethodInfo, Option, Row
 
 F = TypeVar("F", bound=Callable[..., Method])
 R = TypeVar("R", bound=Row)
@@ -222,10 +222,8 @@ def info_of(method: Method) -> MethodInfo:
 
 
 def _described(declared: Declaration, factory: Callable[..., Method]) -> MethodInfo:
-    fields = {name: getattr(declared, name) for name in Declaration.__dataclass_fields__ if name != "search"}
-    fields["heads"] = declared.heads or ("own" if declared.needs & GRADIENT_NEEDS else "weighted")
     summary, options = read_signature(factory, declared.search)
-    return MethodInfo(**fields, summary=summary, options=options, factory=factory)
+    return MethodInfo(**vars(declared), summary=summary, options=options, factory=factory)
 
 
 def read_signature(
@@ -265,8 +263,7 @@ def _parameters(factory: Callable[..., Any]) -> tuple[str, dict[str, tuple[Any, 
     summary = (inspect.getdoc(factory) or "").strip().split("\n")[0]
     if not factory.__doc__ or not summary:
         raise TypeError(f"{factory.__name__} has no docstring; its first line is the summary users read.")
-    made: Any = factory
-    constructor = made.__init__ if isinstance(made, type) else made
+    constructor: Any = cast("type[Method]", factory).__init__ if isinstance(factory, type) else factory
     if constructor is Method.__init__:
         return summary, {}  # preference and seed are for authors to pass on, not options of every method
     hints = typing.get_type_hints(constructor)

@@ -91,7 +91,6 @@ class Wrapper(Method):
             "name": f"{self.name}({inner.name})",
             "source": f"{self.source}; {inner.source}",
             "needs": inner.needs | self.looks_at,
-            "heads": self.inner_info().heads,
             "search": self.search,
         }
         self.declares = replace(inner, **{**derived, **changes})
