@@ -101,7 +101,7 @@ def variants(one: Subject) -> Iterator[Subject]:
                 continue
             options = {**one.options, name: value}
             method = one.factory(**options)
-            anew = method.declares is not getattr(type(method), "declares", None)
+            anew = method.declares != one.make().declares
             known = {field: getattr(method.declares, field) for field in DECLARED} if anew else {}
             info = replace(one.info, **known) if anew else undeclared
             yield replace(one, label=f"{one.label}({name}={value})", info=info, options=options)
