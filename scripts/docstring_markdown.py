@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Docstring:
     example: str = ""
 
 
-def read_docstring(cls: type, names: Iterable[str] = ()) -> Docstring:
+def read_docstring(cls: Callable[..., Any], names: Iterable[str] = ()) -> Docstring:
     """Take a class docstring in Google's style apart; ``names`` of methods in it become links to their pages.
 
     Sentences that begin with "When to use it:" and "Cost:" are taken out of the text.

@@ -54,14 +54,13 @@ GIVES = {
 
 def cost_of(info: MethodInfo) -> tuple[str, str]:
     """Backward and forward passes of a step for T tasks, and the memory it takes beside plain training."""
-    batches = next((int(need.split(":")[1]) for need in info.needs if need.startswith("batches:")), 1)
     passes = "1 backward, as the plain sum"
     memory = "none"
     if info.takes_gradients:
         features = ", or 1 with `features=`" if "features" in info.spaces else ""
         passes, memory = f"T backwards through the shared part{features}", "T × P"
-    if batches > 1:
-        passes += f", on up to {batches} batches"
+    if info.batches > 1:
+        passes += f", on up to {info.batches} batches"
     if "after_step" in info.needs:
         passes += "; 1 more forward if `after_step` is called"
     return passes, memory
@@ -350,7 +349,7 @@ def pages(docs: Path) -> dict[str, str]:
     """Path below the docs folder to Markdown, for every page made here; the table first, then by name."""
     infos = {name: info for name, info in detente.methods().items() if name_is_ours(name)}
     names = frozenset(infos)
-    written = {name: read_docstring(type(detente.create(name)), names - {name}) for name in infos}
+    written = {name: read_docstring(infos[name].factory, names - {name}) for name in infos}
     times, paths = read_times(docs), read_paths(docs)
     found = {"methods/index.md": index_page(infos, written, times)}
     for name, info in infos.items():

@@ -6,7 +6,7 @@ everything of the size of the parameters is a torch tensor where the parameters 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,12 @@ Status = Literal["ok", "stationary", "refused"]
 
 GRADIENT_NEEDS = frozenset({"gramian", "jacobian", "blocks", "activations"})
 """The needs that only task gradients meet."""
+
+NEEDS = GRADIENT_NEEDS | {"losses", "after_step", "epoch"}
+"""The needs a method may declare, beside ``batches:k``."""
+
+EVERYWHERE = frozenset({"exact", "features", "layer"})
+"""The spaces in which a method's problem may be solved."""
 
 
 @dataclass(frozen=True)
@@ -225,19 +231,44 @@ class Option:
     search: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
-class MethodInfo:
-    """What a method declares of itself; tests, benchmarks, tables and the engine read nothing else.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Hold what a registry tells of one name, whether of a method, a wrapper or anything else made from options.
 
     Attributes:
-        name: the name for :func:`detente.create`.
+        name: what it is created by.
         summary: one line.
+        source: paper and equation, or where the idea comes from.
+        options: name to :class:`Option`.
+        factory: takes the options as keywords (and first what it is put around, if anything).
+
+    Example:
+        >>> import detente
+        >>> row = detente.wrappers.registered()["every"]
+        >>> row.options["k"].default, row.factory(detente.create("mgda"), k=3).declares.name
+        (5, 'every(mgda)')
+    """
+
+    name: str
+    summary: str
+    source: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    factory: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """Declare what a method needs and promises; the engine, tests, benchmarks and tables read nothing else.
+
+    The author of a method writes it down; the registry adds summary and options to make a :class:`MethodInfo`.
+
+    Args:
+        name: the name for :func:`detente.create`.
         source: paper and equation.
         needs: what the method must be given, out of ``losses``, ``gramian``, ``jacobian``, ``blocks``,
             ``activations``, ``after_step``, ``batches:k``, ``epoch``. Empty for fixed weights.
         spaces: where its problem can be solved: ``exact``, ``features``, ``layer``.
         stateful: True if a call changes what the next call returns.
-        options: name to :class:`Option`.
         native_scale: length of its direction: ``sum``, ``mean``, ``simplex``, ``unit`` or ``own``.
         homogeneity: degree k: scaling all gradients by s scales the direction by s to the k; None if none holds.
         nonconflict: True if the direction has a non-negative inner product with every task gradient.
@@ -246,32 +277,52 @@ class MethodInfo:
         simplex: True if the weights are non-negative and sum to one.
         permutation: ``exact`` if permuting the tasks permutes the weights, ``distribution`` if in distribution.
         heads: what own parameters take unless the caller says otherwise: ``own``, the plain gradient of their loss,
-            or ``weighted`` by the task's weight, as every weighting of the losses does by its formula.
+            or ``weighted`` by the task's weight, as every weighting of the losses does by its formula. None becomes
+            ``weighted`` for a method that takes no gradients and ``own`` for the others.
         gives: ``weights`` of the tasks; weights that differ between ``blocks`` of parameters; or only a ``direction``.
+        search: option name to the values a default search tries.
 
     The laws are declared for the default options.
 
+    Raises:
+        ValueError: a need or a space that nothing could meet, most likely a slip of the pen.
+
     Example:
-        >>> import detente
-        >>> detente.methods()["mgda"].stationary
-        'hull'
+        >>> Declaration(name="mine", source="this file", needs=frozenset({"gramian"})).heads
+        'own'
     """
 
     name: str
-    summary: str
     source: str
-    needs: frozenset[str]
-    spaces: frozenset[str]
-    stateful: bool
-    options: Mapping[str, Option] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+    spaces: frozenset[str] = EVERYWHERE
+    stateful: bool = False
     native_scale: Literal["sum", "mean", "simplex", "unit", "own"] = "own"
     homogeneity: float | None = None
     nonconflict: bool = False
     stationary: Literal["hull", "affine", "cone"] | None = None
     simplex: bool = False
     permutation: Literal["exact", "distribution"] | None = None
-    heads: Literal["own", "weighted"] = "own"
+    heads: Literal["own", "weighted"] | None = None
     gives: Literal["weights", "blocks", "direction"] = "weights"
+    search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for need in self.needs:
+            kind, _, batches = need.partition(":")
+            if need not in NEEDS and not (kind == "batches" and batches.isdigit() and int(batches) >= 2):
+                raise ValueError(
+                    f"{self.name} declares the unknown need {need!r}; needs are {', '.join(sorted(NEEDS))} and "
+                    "batches:k with k >= 2."
+                )
+        if not self.spaces or self.spaces - EVERYWHERE:
+            unknown = ", ".join(map(repr, sorted(self.spaces - EVERYWHERE)))
+            raise ValueError(
+                f"{self.name} declares {f'the unknown space {unknown}' if unknown else 'no space'}; name at least one "
+                f"of {', '.join(sorted(EVERYWHERE))}."
+            )
+        if self.heads is None:
+            object.__setattr__(self, "heads", "own" if self.takes_gradients else "weighted")
 
     @property
     def batches(self) -> int:
@@ -280,5 +331,23 @@ class MethodInfo:
 
     @property
     def takes_gradients(self) -> bool:
-        """True if the method must see task gradients, False for a weighting of the losses."""
+        """Tell whether the method must see task gradients; a weighting of the losses does not."""
         return bool(self.needs & GRADIENT_NEEDS)
+
+    @property
+    def batches(self) -> int:
+        """Return how many independent batches it compares in a step, k of ``batches:k``; 1 without that need."""
+        return max(
+            (int(need.partition(":")[2]) for need in self.needs if need.startswith("batches:")), default=1
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo(Row, Declaration):
+    """Hold what a method declares of itself, as :class:`Declaration` and :class:`Row` list it.
+
+    Example:
+        >>> import detente
+        >>> detente.methods()["mgda"].stationary
+        'hull'
+    """

@@ -112,7 +112,7 @@ def cases() -> dict[str, tuple[Method, Space, dict[str, Any]]]:
             found[f"{name}, measured"] = (detente.create(name), "exact", {"measure": True})
         if not info.takes_gradients or info.needs <= NUMBERS:
             found[f"{name}, low"] = (detente.create(name), "exact", {"memory": "low"})
-        more = max((int(n.partition(":")[2]) - 1 for n in info.needs if n.startswith("batches:")), default=0)
+        more = info.batches - 1
         for space in sorted(info.spaces) if more else ():
             found[f"{name}, further, {space}"] = (detente.create(name), space, {"further": more})
     found["a problem for each block"] = (

@@ -104,9 +104,7 @@ def compare_all(wrapped: bool, even: bool) -> list[str]:
     mine = parts_of(size, even)[rank]
     problems = []
     for name, info in detente.methods().items():
-        further = max(
-            (int(n.partition(":")[2]) - 1 for n in info.needs if n.startswith("batches:")), default=0
-        )
+        further = info.batches - 1
         spaces = sorted(info.spaces) if info.takes_gradients else ["none", "features"]
         for space in spaces:
             extra = 0 if space == "features" else further

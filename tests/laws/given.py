@@ -50,8 +50,7 @@ class Subject:
     @property
     def batches(self) -> int:
         """How many independent batches the method asks for."""
-        counts = [int(need.partition(":")[2]) for need in self.info.needs if need.startswith("batches:")]
-        return max(counts, default=1)
+        return self.info.batches
 
 
 def subject(
@@ -102,7 +101,7 @@ def variants(one: Subject) -> Iterator[Subject]:
                 continue
             options = {**one.options, name: value}
             method = one.factory(**options)
-            anew = method.declares is not type(method).declares
+            anew = method.declares != one.make().declares
             known = {field: getattr(method.declares, field) for field in DECLARED} if anew else {}
             info = replace(one.info, **known) if anew else undeclared
             yield replace(one, label=f"{one.label}({name}={value})", info=info, options=options)

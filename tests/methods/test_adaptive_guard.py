@@ -15,9 +15,9 @@ import torch
 from twins.guards import Model, drawn, ended, named, statuses
 
 import detente
-from detente.methods.noise import follow
 from detente.methods.registry import info_of
 from detente.methods.wrappers import Adaptive, EarlyTerminationWarning, Inexact
+from detente.methods.wrappers.adaptive import follow
 
 
 def spread(rows: Sequence[torch.Tensor]) -> np.ndarray:

@@ -67,9 +67,11 @@ def test_further_batches_are_other_gradients_of_the_same_tasks() -> None:
     assert np.allclose(other.gramian, gradients.gramian * 1.125**2)
 
 
-def test_an_unknown_need_stops_the_tests_instead_of_passing_unmet() -> None:
-    with pytest.raises(AssertionError, match="weather"):
-        given(asking("weather"), drawn(2, 3, 0))
+def test_an_unknown_need_stops_the_tests_instead_of_passing_unmet(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(asking("epoch"), drawn(2, 3, 0))
+    monkeypatch.setattr("laws.given.KNOWN_NEEDS", {"gramian", "losses"})
+    with pytest.raises(AssertionError, match="epoch"):
+        given(asking("epoch"), drawn(2, 3, 0))
 
 
 def test_variants_change_one_option_and_keep_only_what_the_instance_declares() -> None:

@@ -14,9 +14,9 @@ import torch
 from twins.guards import NAMES, Model, drawn, ended, named, statuses
 
 import detente
-from detente.methods.guard import shortfalls
 from detente.methods.registry import info_of
 from detente.methods.wrappers import Adaptive, EarlyTerminationWarning, Every, Inexact, PerBlock
+from detente.methods.wrappers.guard import shortfalls
 
 # ---- the test
 

@@ -9,7 +9,7 @@ from laws.given import Subject, registered, variants
 import detente
 
 # The laws' epochs are two steps long; a guard may well refuse both.
-pytestmark = pytest.mark.filterwarnings("ignore::detente.methods.guard.EarlyTerminationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::detente.methods.wrappers.guard.EarlyTerminationWarning")
 
 SUBJECTS = registered()
 DEFAULTS = [
@@ -43,7 +43,7 @@ def test_every_registered_method_is_held_against_the_laws() -> None:
 @pytest.mark.parametrize("one", SUBJECTS, ids=lambda one: one.label)
 def test_the_docstring_says_what_a_reader_needs(one: Subject) -> None:
     """A summary of one line, a source, and every option explained."""
-    doc = type(one.make()).__doc__ or ""
+    doc = one.info.factory.__doc__ or ""
     assert one.info.summary.endswith(".") and len(one.info.summary) <= 110
     assert one.info.source
     for option in one.info.options:

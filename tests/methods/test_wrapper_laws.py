@@ -15,7 +15,7 @@ from detente.methods.registry import info_of
 from detente.methods.wrappers import WrapperInfo
 
 # The laws' epochs are two steps long; a guard may well refuse both.
-pytestmark = pytest.mark.filterwarnings("ignore::detente.methods.guard.EarlyTerminationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::detente.methods.wrappers.guard.EarlyTerminationWarning")
 
 # What takes a second or more and says nothing that a small model does not say.
 SLOW = (learning.law_every_parameter_of_a_lenet_moves, learning.law_the_tasks_get_better)

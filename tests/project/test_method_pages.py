@@ -160,14 +160,14 @@ def test_page_says_what_is_declared(pages: dict[str, str], name: str) -> None:
 
 @pytest.mark.parametrize("name", own_methods())
 def test_every_option_is_explained(method_pages: ModuleType, name: str) -> None:
-    read = method_pages.read_docstring(type(detente.create(name)))
+    read = method_pages.read_docstring(detente.methods()[name].factory)
     unexplained = set(detente.methods()[name].options) - set(read.options)
     assert not unexplained, f"the docstring of {name} says nothing of {sorted(unexplained)}"
 
 
 @pytest.mark.parametrize("name", own_methods())
 def test_every_method_says_when_to_use_it_and_what_it_costs(method_pages: ModuleType, name: str) -> None:
-    read = method_pages.read_docstring(type(detente.create(name)))
+    read = method_pages.read_docstring(detente.methods()[name].factory)
     assert read.when, f'the docstring of {name} has no sentence "When to use it: ..."'
     assert read.cost, f'the docstring of {name} has no sentence "Cost: ..."'
 

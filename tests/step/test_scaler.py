@@ -54,7 +54,7 @@ def test_the_gradients_are_multiplied_and_the_method_sees_them_as_they_are(name:
     networks, methods = [Network(), Network()], [detente.create(name, tasks=TASKS) for _ in range(2)]
     scaler = torch.amp.GradScaler("cpu", init_scale=FACTOR)
     info = detente.methods()[name]
-    further = max((int(n.partition(":")[2]) - 1 for n in info.needs if n.startswith("batches:")), default=0)
+    further = info.batches - 1
     for step in range(2):
         records = []
         for network, method, more in zip(networks, methods, ({}, {"scaler": scaler}), strict=True):

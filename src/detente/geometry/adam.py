@@ -49,3 +49,15 @@ def adam_step(
     following = np.empty_like(moments)
     following[:, 0], following[:, 1], following[:, 2] = mean, square, steps
     return values - lr * direction / length, following
+
+
+def mean_gradient(moments: Array, *, beta: float = 0.9) -> Array:
+    """Return the running mean [T] of the gradients so far, from the moments [T, 3] of :func:`adam_step`.
+
+    Example:
+        >>> _, moments = adam_step(np.zeros(1), np.zeros((1, 3)), np.array([5.0]), lr=0.1)
+        >>> mean_gradient(moments).round(6).tolist()
+        [5.0]
+    """
+    mean: Array = moments[:, 0] / (1 - beta ** moments[:, 2])
+    return mean

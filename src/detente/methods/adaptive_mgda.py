@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
-from detente.methods.adaptive import Adaptive
-from detente.methods.guard import Refuse
 from detente.methods.mgda import MGDA
 from detente.methods.registry import register
+from detente.methods.wrappers.adaptive import Adaptive
+from detente.methods.wrappers.guard import Refuse
 
 
 @register
-class AdaptiveMGDA(Adaptive):
+def adaptive_mgda(
+    *,
+    scale: float = 0.1,
+    applies_to: Literal["epsilon", "squared"] = "epsilon",
+    statistics: Literal["epoch", "running"] = "epoch",
+    decay: float = 0.99,
+    refuse: Refuse = "all",
+    epoch_steps: int | None = None,
+    solver: Literal["exact", "frank-wolfe"] = "exact",
+    normalize: Literal["none", "l2", "loss", "loss+"] = "none",
+) -> Adaptive:
     """Adaptive MGDA: take MGDA's step only if it stands out from the noise that the last epoch's gradients had.
 
     MGDA's direction q is accepted if <q, g_i> >= ‖q‖ ε_i for every task present, with ε_i = λ ε̂_i and ε̂_i² the mean
-    squared distance of the gradients of the last epoch's batches from their mean (Aygar 2019, section 2.3). The first
-    epoch is not guarded. How the distances are accumulated, what the thesis's text and its algorithm say of λ, and
-    the running form are described under ``adaptive`` on the page of wrappers.
-
-    An epoch ends with ``end_epoch()`` or after ``epoch_steps`` calls. If neither happens, every step is accepted and
-    this is MGDA; the notes of the combination say so. Afterwards they give the bounds in force. ``estimates`` holds
-    ε̂_i², ``refused_share`` and ``last_refused_share`` the shares of refused steps in this and in the last epoch. A
-    task that is absent keeps its statistics, and so does one that came once in an epoch. Where a task that comes later
-    makes more parameters shared, name them with ``shared=`` from the start.
+    squared distance of the gradients of the last epoch's batches from their mean (Aygar 2019, section 2.3). It is the
+    wrapper ``adaptive`` around ``mgda``. The first epoch is not guarded. An epoch ends with ``end_epoch()`` or after
+    ``epoch_steps`` calls; if neither happens, every step is accepted, this is MGDA, and the notes say so.
 
     It cannot run on ``features=``: gradients with respect to the representations of different batches have no mean.
+    Where a task that comes later makes more parameters shared, name them with ``shared=`` from the start.
 
     When to use it: small batches, and no idea of the size of the noise. Cost: MGDA's and the test's, see
     ``inexact-mgda``; T x P numbers of state in the memory of the parameters (two times that while a step is made, three
@@ -56,35 +60,13 @@ class AdaptiveMGDA(Adaptive):
         >>> [detente.combine(method, gradient).accepted for gradient in gradients]
         [True, True, True, False]
     """
-
-    declares = replace(
-        MGDA.declares,
-        name="adaptive-mgda",
-        source="Aygar 2019, section 2.3, equations 2.13 to 2.16, algorithm Adaptive-ε-MGDA; section 4.2 (running)",
-        needs=frozenset({"gramian", "jacobian", "epoch"}),
-        spaces=frozenset({"exact", "layer"}),
-        stateful=True,
-        search=Adaptive.search,
+    guard = Adaptive(
+        MGDA(solver=solver, normalize=normalize),
+        scale=scale,
+        applies_to=applies_to,
+        statistics=statistics,
+        decay=decay,
+        refuse=refuse,
+        epoch_steps=epoch_steps,
     )
-
-    def __init__(
-        self,
-        *,
-        scale: float = 0.1,
-        applies_to: Literal["epsilon", "squared"] = "epsilon",
-        statistics: Literal["epoch", "running"] = "epoch",
-        decay: float = 0.99,
-        refuse: Refuse = "all",
-        epoch_steps: int | None = None,
-        solver: Literal["exact", "frank-wolfe"] = "exact",
-        normalize: Literal["none", "l2", "loss", "loss+"] = "none",
-    ) -> None:
-        super().__init__(
-            MGDA(solver=solver, normalize=normalize),
-            scale=scale,
-            applies_to=applies_to,
-            statistics=statistics,
-            decay=decay,
-            refuse=refuse,
-            epoch_steps=epoch_steps,
-        )
+    return guard.named("adaptive-mgda")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, TypeVar, final
+from typing import Any, ClassVar, Self, final
 
 import numpy as np
 import torch
@@ -25,11 +24,9 @@ from detente.methods.arguments import (
     weight_by_name,
 )
 from detente.methods.options import one_of, whole_or_none
-from detente.values import GRADIENT_NEEDS, Combination, TaskGradients
+from detente.values import Combination, Declaration, TaskGradients
 
 __all__ = [
-    "EVERYWHERE",
-    "NEEDS",
     "Declaration",
     "Method",
     "Preference",
@@ -39,62 +36,6 @@ __all__ = [
     "positional",
     "weight_by_name",
 ]
-
-Solved = TypeVar("Solved")
-
-EVERYWHERE = frozenset({"exact", "features", "layer"})
-NEEDS = GRADIENT_NEEDS | {"losses", "after_step", "epoch"}  # and batches:k
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """What the author of a method writes down; the registry adds summary and options to make a ``MethodInfo``.
-
-    Args:
-        name: the name for :func:`detente.create`.
-        source: paper and equation.
-        needs, spaces, native_scale, homogeneity, nonconflict, stationary, simplex, permutation, stateful, gives:
-            see :class:`detente.values.MethodInfo`.
-        heads: as there; None is ``weighted`` for methods that take no gradients and ``own`` for the others.
-        search: option name to the values a default search tries.
-
-    Raises:
-        ValueError: a need or a space that nothing could meet, most likely a slip of the pen.
-
-    Example:
-        >>> Declaration(name="mine", source="this file", needs=frozenset({"gramian"})).native_scale
-        'own'
-    """
-
-    name: str
-    source: str
-    needs: frozenset[str] = frozenset()
-    spaces: frozenset[str] = EVERYWHERE
-    stateful: bool = False
-    native_scale: Literal["sum", "mean", "simplex", "unit", "own"] = "own"
-    homogeneity: float | None = None
-    nonconflict: bool = False
-    stationary: Literal["hull", "affine", "cone"] | None = None
-    simplex: bool = False
-    permutation: Literal["exact", "distribution"] | None = None
-    heads: Literal["own", "weighted"] | None = None
-    gives: Literal["weights", "blocks", "direction"] = "weights"
-    search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for need in self.needs:
-            kind, _, batches = need.partition(":")
-            if need not in NEEDS and not (kind == "batches" and batches.isdigit() and int(batches) >= 2):
-                raise ValueError(
-                    f"{self.name} declares the unknown need {need!r}; needs are {', '.join(sorted(NEEDS))} and "
-                    "batches:k with k >= 2."
-                )
-        for space in self.spaces:
-            one_of(f"spaces of {self.name}", space, sorted(EVERYWHERE))
-        if not self.spaces:
-            raise ValueError(
-                f"{self.name} declares no space; name at least one of {', '.join(sorted(EVERYWHERE))}."
-            )
 
 
 class Method(nn.Module, ABC):
@@ -179,7 +120,7 @@ class Method(nn.Module, ABC):
             ValueError: a need is not met, a task is unknown, or the method rejects the input (each named). The
                 state is then as it was before.
         """
-        return self._guarded([gradients], lambda: self.solve(gradients))
+        return self.combine_blocks((gradients,))[0]
 
     @final
     def combine_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
@@ -191,7 +132,27 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: as :meth:`combine`.
         """
-        return self._guarded(blocks, lambda: self.solve_blocks(blocks))
+        for gradients in blocks:
+            self._check(gradients)
+        names = blocks[0].names
+        before = []
+        for module in self.modules():  # this method and those inside
+            if isinstance(module, Method):
+                drawn = None if module.generator is None else module.generator.get_state()
+                before.append((module, module.tasks, dict(module._buffers), drawn))
+        try:
+            if names != self.tasks:  # as they are in nearly every step
+                self.bind(names if self.tasks is not None else self._everyone(names))
+            with one_thread(len(names)):
+                return self.solve_blocks(blocks) if len(blocks) > 1 else [self.solve(blocks[0])]
+        except BaseException:  # also when the user interrupts
+            for method, tasks, buffers, drawn in before:
+                method.tasks = tasks
+                method._buffers.clear()
+                method._buffers.update(buffers)
+                if method.generator is not None and drawn is not None:
+                    method.generator.set_state(drawn)
+            raise
 
     @final
     def bind(self, names: Sequence[str]) -> None:
@@ -349,31 +310,7 @@ class Method(nn.Module, ABC):
 
     def _inside(self) -> list[Method]:
         """The methods this one is wrapped around, at any depth."""
-        if not self._modules:
-            return []
         return [module for module in self.modules() if isinstance(module, Method) and module is not self]
-
-    def _guarded(self, blocks: Sequence[TaskGradients], solve: Callable[[], Solved]) -> Solved:
-        """Check, bind and solve; whatever fails, this method and those inside know what they knew before."""
-        for gradients in blocks:
-            self._check(gradients)
-        before = [
-            (one, one.tasks, dict(one._buffers), None if one.generator is None else one.generator.get_state())
-            for one in (self, *self._inside())
-        ]
-        names = blocks[0].names
-        try:
-            self.bind(names if self.tasks is not None else self._everyone(names))
-            with one_thread(len(names)):
-                return solve()
-        except BaseException:  # also when the user interrupts
-            for one, tasks, buffers, drawn in before:
-                one.tasks = tasks
-                one._buffers.clear()
-                one._buffers.update(buffers)
-                if one.generator is not None and drawn is not None:
-                    one.generator.set_state(drawn)
-            raise
 
     def _check(self, gradients: TaskGradients) -> None:
         name, needs = self.declares.name, self.needs_now()

@@ -15,12 +15,14 @@ from detente.values import TaskGradients
 Array = NDArray[np.float64]
 # Scales are squared beside squared lengths of gradients: e^600 leaves those a factor of e^109 to float64's end.
 _LARGEST_LOGARITHM = 300.0
+# How far a negative weighted loss, and the scale itself, may go beyond where they settle, see check_growth.
+_UNBOUNDED = 100.0
 
 
 def positive_losses(
     method: Method, gradients: TaskGradients, why: str = "takes logarithms of the losses"
 ) -> Array:
-    """[T] the losses of this step, all of them positive.
+    """Return the losses [T] of this step, all of them positive.
 
     Raises:
         ValueError: a loss is zero or negative; the task is named.
@@ -45,7 +47,7 @@ def positive_losses(
 
 
 def learned_scales(method: Method, logarithms: Array, names: Sequence[str]) -> Array:
-    """[T] e to the learned logarithms, as long as their squares are well inside float64.
+    """Return e to the learned logarithms, as long as their squares are well inside float64.
 
     Args:
         method: for messages.
@@ -53,7 +55,7 @@ def learned_scales(method: Method, logarithms: Array, names: Sequence[str]) -> A
         names: the tasks, in the same order.
 
     Raises:
-        ValueError: a scale has left every useful range, because that task's loss stays below zero; it is named.
+        ValueError: a scale has left every useful range, because that task's loss stays at zero; it is named.
 
     Example:
         >>> import detente
@@ -64,16 +66,57 @@ def learned_scales(method: Method, logarithms: Array, names: Sequence[str]) -> A
     """
     place = int(logarithms.argmax())
     if logarithms[place] > _LARGEST_LOGARITHM:
-        raise ValueError(
-            f"{method.declares.name}: the learned scale of task {names[place]!r} has grown to "
-            f"e^{logarithms[place]:.0f}. It grows without end where a loss stays at or below zero. Add a constant to "
-            "that loss (its gradient stays the same) or use a method that learns no scale."
-        )
+        raise _without_end(method, names[place], logarithms[place])
     return np.exp(logarithms)
 
 
+def check_growth(
+    method: Method, gradients: TaskGradients, logarithms: Array, weighted: Array, *, start: float = 0.0
+) -> None:
+    """Refuse learned scales that no bounded optimum explains.
+
+    Where a scale has settled, the weighted loss is 1 in the unit of the method's formula. It fluctuates around that,
+    and may be negative for some steps, during which the scale grows. What is refused: the loss of this step is
+    negative, the running mean of the weighted loss (over about 20 steps) is below -100, and the scale is more than 100
+    times what it was at the start. A loss whose mean is positive gets there only if it is spread by hundreds of times
+    that mean; one that stays at L < 0 gets there in less than ln(100 max(1, 1 / |L|)) / lr + 20 steps, when its weight
+    is near 100 max(1, 1 / |L|).
+
+    Args:
+        method: for messages.
+        gradients: of this step, with losses.
+        logarithms: [T] of the scales.
+        weighted: [T] running means of the weighted losses, in units of their value where the scale has settled.
+        start: the logarithm of every scale before the first step.
+
+    Raises:
+        ValueError: a scale is running away; the task is named.
+
+    Example:
+        >>> import detente
+        >>> gradients = TaskGradients(names=("left", "right"), losses=np.array([1.0, -0.5]))
+        >>> check_growth(detente.create("imtl"), gradients, np.array([0.0, 5.5]), np.array([1.0, -110.0]))
+        Traceback (most recent call last):
+        ...
+        ValueError: imtl: the learned scale of task 'right' has grown to e^6. It grows without end where a loss...
+    """
+    assert gradients.losses is not None
+    runaway = (gradients.losses < 0) & (weighted < -_UNBOUNDED) & (logarithms - start > np.log(_UNBOUNDED))
+    if runaway.any():
+        place = int(runaway.argmax())
+        raise _without_end(method, gradients.names[place], logarithms[place])
+
+
+def _without_end(method: Method, task: str, logarithm: float) -> ValueError:
+    return ValueError(
+        f"{method.declares.name}: the learned scale of task {task!r} has grown to e^{logarithm:.0f}. It grows without "
+        "end where a loss stays at or below zero. Add a constant to that loss (its gradient stays the same) or use a "
+        "method that learns no scale."
+    )
+
+
 def losses_of(method: Method, losses: Mapping[str, Any] | Sequence[Any], expected: Sequence[str]) -> Array:
-    """[len(expected)] finite losses handed to a hook, in the order of the tasks ``expected``.
+    """Return finite losses [len(expected)] handed to a hook, in the order of the tasks ``expected``.
 
     Args:
         method: whose hook was called, for messages.

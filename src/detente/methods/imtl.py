@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from detente.geometry.adam import adam_step
+from detente.geometry.adam import adam_step, mean_gradient
 from detente.geometry.imtl import equal_projections
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import learned_scales
+from detente.methods.checks import check_growth, learned_scales
 from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, Status, TaskGradients
@@ -28,7 +28,8 @@ class IMTL(Method):
     ``stationary``; where no vector of it has equal projections, the step is refused. The scales learn in both cases.
 
     Paper and codes give the heads the gradients of the scaled losses, e^(s_t) times their own; here they take their
-    own plain gradients unless ``heads="weighted"`` asks for α_t e^(s_t) times them. s starts at 0.
+    own plain gradients unless ``heads="weighted"`` asks for α_t e^(s_t) times them. s starts at 0. A loss that
+    stays below zero has no best s and is refused early, as in ``imtl-l``.
 
     When to use it: losses of different units and gradients of different length, with no loss to be preferred.
     Cost: the task gradients (one backward per task), and an eigendecomposition of their cosines.
@@ -37,7 +38,7 @@ class IMTL(Method):
         lr: step length of Adam on s, > 0. Ours: the paper learns s with the network's optimizer.
 
     Raises:
-        ValueError: ``lr`` is out of range; in a step: a loss stayed below zero until its scale was of no use.
+        ValueError: ``lr`` is out of range; in a step: a loss stays below zero and its scale grows without end.
 
     Example:
         >>> import detente
@@ -78,7 +79,9 @@ class IMTL(Method):
         scales = learned_scales(self, values[at], gradients.names)
         found = equal_projections(gramian * scales[:, None] * scales)
         slope = scales * gradients.losses - 1
-        values[at], moments[at] = adam_step(values[at], moments[at], slope, lr=self.lr)
+        following, learned = adam_step(values[at], moments[at], slope, lr=self.lr)
+        check_growth(self, gradients, values[at], mean_gradient(learned) + 1)
+        values[at], moments[at] = following, learned
         return Combination(
             weights=torch.from_numpy(found.weights * scales),
             status=STATUS[found.kind],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from detente.geometry.adam import adam_step
+from detente.geometry.adam import adam_step, mean_gradient
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import learned_scales
+from detente.methods.checks import check_growth, learned_scales
 from detente.methods.options import number
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
@@ -22,7 +22,9 @@ class IMTLL(Method):
 
     It is twice the regression form of ``uncertainty`` with s of the other sign: the weights differ by that factor 2.
     Codes hand s to the network's optimizer; here the method keeps s and takes its own Adam steps, after the weights
-    of the step were read. A loss that stays at or below zero has no best s: its weight grows without end.
+    of the step were read. A loss that stays at or below zero has no best s: its weight grows without end. A loss that
+    stays below zero is refused once its running mean, weighted, is below -100 (1 is where s settles) and its scale more
+    than 100 times what it was at the start, long before anything overflows.
 
     When to use it: losses of different units where a sum of the right overall length matters; together with the
     gradient half it is ``imtl``. Cost: nothing beyond the step itself, no task gradients are taken.
@@ -31,7 +33,7 @@ class IMTLL(Method):
         lr: step length of Adam on s, > 0. Ours: the paper learns s with the network's optimizer.
 
     Raises:
-        ValueError: ``lr`` is out of range; in a step: a loss stayed below zero until its scale was of no use.
+        ValueError: ``lr`` is out of range; in a step: a loss stays below zero and its scale grows without end.
 
     Example:
         >>> import detente
@@ -72,5 +74,7 @@ class IMTLL(Method):
         values, moments = self.log_scale.numpy(), self.moments.numpy()
         weights = learned_scales(self, values[at], gradients.names)
         slope = weights * gradients.losses - 1
-        values[at], moments[at] = adam_step(values[at], moments[at], slope, lr=self.lr)
+        following, learned = adam_step(values[at], moments[at], slope, lr=self.lr)
+        check_growth(self, gradients, values[at], mean_gradient(learned) + 1)
+        values[at], moments[at] = following, learned
         return Combination(weights=torch.from_numpy(weights))

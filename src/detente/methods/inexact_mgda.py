@@ -1,31 +1,29 @@
-"""MGDA with a guard against the error of the gradients."""
+"""MGDA with a guard whose bounds are given."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
-from detente.methods.guard import Bounds, Inexact, Refuse
 from detente.methods.mgda import MGDA
 from detente.methods.registry import register
+from detente.methods.wrappers.guard import Bounds, Inexact, Refuse
 
 
 @register
-class InexactMGDA(Inexact):
+def inexact_mgda(
+    *,
+    epsilon: Bounds = 0.0,
+    refuse: Refuse = "all",
+    epoch_steps: int | None = None,
+    solver: Literal["exact", "frank-wolfe"] = "exact",
+    normalize: Literal["none", "l2", "loss", "loss+"] = "none",
+) -> Inexact:
     """Inexact MGDA: take MGDA's step only if it helps every task whatever the error of the gradients.
 
     MGDA's direction q = Σ α_i g_i is accepted if <q, g_i> >= ‖q‖ ε_i for every task present, where ε_i bounds the error
     of g_i; otherwise the step is refused (Aygar 2019, section 2.2, a simple form of the algorithm of Peitz & Dellnitz
-    2018). The test comes from γ_i >= φ_i, equations 2.9 to 2.11: the page of wrappers derives it under ``inexact`` and
-    says why equation 2.12 needs ‖g_i‖² where it prints ‖g_i‖.
-
-    For the exact solution <q, g_i> = ‖q‖² for the tasks with a weight and no less for the others, so that with one ε
-    for all tasks the test reads ‖q‖ >= ε. The guard thus ends the training where MGDA's direction drops below the
-    noise, and how large ε may be depends on the units of the losses.
-
-    With the default ε = 0 it is MGDA. On ``features=`` ε is in the unit of a gradient of the representation. Steps and
-    refused steps are counted, see ``refused_share`` and ``last_refused_share``; a count ends with ``end_epoch()`` or
-    after ``epoch_steps`` calls, and goes on if neither happens.
+    2018). It is the wrapper ``inexact`` around ``mgda``. With one ε for all tasks the test reads ‖q‖ >= ε, and how
+    large ε may be depends on the units of the losses. With the default ε = 0 it is MGDA.
 
     When to use it: small batches, with a bound on the noise at hand or to be searched. Cost: MGDA's, and the test on
     the Gramian, which with few tasks takes about as long again as MGDA's own problem; neither grows with the network.
@@ -55,22 +53,5 @@ class InexactMGDA(Inexact):
         >>> method.refused_share
         0.5
     """
-
-    declares = replace(
-        MGDA.declares,
-        name="inexact-mgda",
-        source="Aygar 2019, section 2.2, equations 2.8 to 2.12, after Peitz & Dellnitz 2018",
-        search={},  # ε has the unit of a gradient: no grid suits every model
-    )
-
-    def __init__(
-        self,
-        *,
-        epsilon: Bounds = 0.0,
-        refuse: Refuse = "all",
-        epoch_steps: int | None = None,
-        solver: Literal["exact", "frank-wolfe"] = "exact",
-        normalize: Literal["none", "l2", "loss", "loss+"] = "none",
-    ) -> None:
-        method = MGDA(solver=solver, normalize=normalize)
-        super().__init__(method, epsilon=epsilon, refuse=refuse, epoch_steps=epoch_steps)
+    mgda = MGDA(solver=solver, normalize=normalize)
+    return Inexact(mgda, epsilon=epsilon, refuse=refuse, epoch_steps=epoch_steps).named("inexact-mgda")

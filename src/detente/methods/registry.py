@@ -8,22 +8,33 @@ import inspect
 import pkgutil
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from detente.methods.base import Declaration, Method
-from detente.values import GRADIENT_NEEDS, MethodInfo, Option
+from detente.values import MethodInfo, Option, Row
 
-_registered: dict[str, tuple[type[Method], MethodInfo]] = {}
+F = TypeVar("F", bound=Callable[..., Method])
+R = TypeVar("R", bound=Row)
 
-M = TypeVar("M", bound=type[Method])
+
+class UnknownName(ValueError, LookupError):
+    """Nothing of that name is registered.
+
+    Example:
+        >>> import detente
+        >>> detente.wrap("evry", detente.create("mgda"))
+        Traceback (most recent call last):
+        ...
+        detente.methods.registry.UnknownName: unknown wrapper 'evry'; did you mean 'every'? Registered: adaptive, ...
+    """
 
 
-class UnknownMethod(ValueError, LookupError):
+class UnknownMethod(UnknownName):
     """No method of that name is registered.
 
     Example:
@@ -47,11 +58,97 @@ class UnknownOption(TypeError, ValueError):
     """
 
 
-def register(cls: M) -> M:
+class Registry(Generic[R]):
+    """Keep rows by name: of methods, of wrappers, and of whatever else is made from declared options.
+
+    Args:
+        kind: what its rows are, for messages.
+        unknown: what a name without a row raises.
+
+    Example:
+        >>> tools = Registry[Row]("tool")
+        >>> tools.add(Row(name="list", summary="A list.", source="Python", factory=list))
+        >>> tools.find("list").factory("ab")
+        ['a', 'b']
+    """
+
+    def __init__(self, kind: str, unknown: type[UnknownName] = UnknownName) -> None:
+        self.kind, self.unknown = kind, unknown
+        self._rows: dict[str, R] = {}
+
+    def add(self, row: R) -> None:
+        """Keep a row; the same factory, defined again, replaces its own.
+
+        Raises:
+            ValueError: another factory has that name.
+        """
+        known = self._rows.get(row.name)
+        if known is not None and _place(known.factory) != _place(row.factory):
+            raise ValueError(
+                f"a {self.kind} named {row.name!r} is already registered by {_place(known.factory)}; choose another "
+                "name."
+            )
+        self._rows[row.name] = row
+
+    def remove(self, name: str) -> None:
+        """Forget a row.
+
+        Raises:
+            UnknownName: there is none of that name.
+        """
+        self.find(name)
+        del self._rows[name]
+
+    def find(self, name: str) -> R:
+        """Return the row of that name.
+
+        Raises:
+            UnknownName: there is none; close names are suggested.
+        """
+        if name not in self._rows:
+            close = get_close_matches(name, self._rows, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise self.unknown(
+                f"unknown {self.kind} {name!r}; {hint}Registered: {', '.join(sorted(self._rows))}."
+            )
+        return self._rows[name]
+
+    def get(self, name: str) -> R | None:
+        """Return the row of that name; None if there is none."""
+        return self._rows.get(name)
+
+    def rows(self) -> dict[str, R]:
+        """Return a copy of the rows by name, sorted."""
+        return dict(sorted(self._rows.items()))
+
+
+def make(row: Row, *arguments: Any, **options: Any) -> Any:
+    """Call the factory of a row.
+
+    Raises:
+        UnknownOption: the row has no such option; its options are listed.
+
+    Example:
+        >>> import detente
+        >>> make(detente.methods()["mgda"], solver="exact").solver
+        'exact'
+    """
+    for option in options:
+        if option not in row.options:
+            offered = ", ".join(row.options) or "none"
+            raise UnknownOption(f"{row.name} has no option {option!r}; it has {offered}.")
+    return row.factory(*arguments, **options)
+
+
+_registered = Registry[MethodInfo]("method", UnknownMethod)
+
+
+def register(factory: F) -> F:
     """Make a :class:`~detente.methods.base.Method` known by its declared name; used as a decorator.
 
-    Options, their defaults and (for ``Literal`` annotations) their choices are read from ``__init__``. The summary
-    is the first line of the docstring.
+    What is decorated is a class with ``declares``, or a function that makes a method from options: a preset, known by
+    the name that the method it makes declares. Options, their defaults and (for ``Literal`` annotations) their choices
+    are read from the signature. The summary is the first line of the docstring.
 
     Raises:
         TypeError: the class declares nothing, has no docstring, an option without default, or a search over something
@@ -73,18 +170,8 @@ def register(cls: M) -> M:
         tensor([1., 0.])
         >>> detente.unregister("first")
     """
-    info = describe(cls)
-    known = _registered.get(info.name)
-    if known is not None and (known[0].__module__, known[0].__qualname__) != (
-        cls.__module__,
-        cls.__qualname__,
-    ):
-        raise ValueError(
-            f"a method named {info.name!r} is already registered by {known[0].__module__}.{known[0].__qualname__}; "
-            "choose another name."
-        )
-    _registered[info.name] = (cls, info)
-    return cls
+    _registered.add(describe(factory))
+    return factory
 
 
 def unregister(name: str) -> None:
@@ -93,16 +180,15 @@ def unregister(name: str) -> None:
     Raises:
         UnknownMethod: no such method is registered.
     """
-    _find(name)
-    del _registered[name]
+    _registered.remove(name)
 
 
-def describe(cls: type[Method] | Method) -> MethodInfo:
-    """What a method declares, with summary and options read from its class's docstring and signature.
+def describe(what: Callable[..., Method] | Method) -> MethodInfo:
+    """Return what a method declares, with summary and options read from a docstring and a signature.
 
     Args:
-        cls: a class, or an instance, whose options or wrapped method may have changed what holds. A parameter that
-            takes a method to wrap is no option.
+        what: a class, a function that makes a method, or an instance, see :func:`info_of`. A parameter that takes a
+            method to wrap is no option.
 
     Raises:
         TypeError: as :func:`register`.
@@ -112,59 +198,89 @@ def describe(cls: type[Method] | Method) -> MethodInfo:
         >>> describe(detente.create("gradvac", group="layer")).gives
         'blocks'
     """
-    declared: Declaration | None = getattr(cls, "declares", None)
-    cls = cls if isinstance(cls, type) else type(cls)
+    if isinstance(what, Method):
+        return info_of(what)
+    declared = getattr(what if isinstance(what, type) else what(), "declares", None)
     if declared is None:
-        raise TypeError(f"{cls.__name__} has no `declares`; give it a detente.Declaration.")
-    summary, parameters = _signature(cls)
-    for name in declared.search:
+        raise TypeError(f"{what.__name__} has no `declares`; give it a detente.Declaration.")
+    return _described(declared, what)
+
+
+def info_of(method: Method) -> MethodInfo:
+    """Return what an instance declares, registered or not: its options or a wrapped method may have changed what holds.
+
+    Example:
+        >>> import detente
+        >>> info_of(detente.create("uniform")).name
+        'uniform'
+    """
+    row = _registered.get(method.declares.name)
+    if row is not None and row.factory is type(method) and "declares" not in method.__dict__:
+        return row
+    preset = row is not None and not isinstance(row.factory, type)
+    return _described(method.declares, row.factory if row is not None and preset else type(method))
+
+
+def _described(declared: Declaration, factory: Callable[..., Method]) -> MethodInfo:
+    summary, options = read_signature(factory, declared.search)
+    return MethodInfo(**vars(declared), summary=summary, options=options, factory=factory)
+
+
+def read_signature(
+    factory: Callable[..., Any], search: Mapping[str, tuple[Any, ...]]
+) -> tuple[str, Mapping[str, Option]]:
+    """Read the summary of a class or function, and its options with defaults, choices and search grids.
+
+    Args:
+        factory: its parameters are the options, but for those annotated as a method.
+        search: option name to the values a default search tries.
+
+    Raises:
+        TypeError: there is no docstring, an option without default, or a search over something that is no option.
+
+    Example:
+        >>> import detente
+        >>> summary, options = read_signature(detente.wrappers.Every, {"k": (1, 5)})
+        >>> options["k"]
+        Option(default=5, choices=(), search=(1, 5))
+    """
+    summary, parameters = _parameters(factory)
+    for name in search:
         if name not in parameters:
-            raise TypeError(f"{cls.__name__} declares a search over {name!r}, which is none of its options.")
+            raise TypeError(
+                f"{factory.__name__} declares a search over {name!r}, which is none of its options."
+            )
     options = {
-        name: Option(default, choices, tuple(declared.search.get(name, ())))
+        name: Option(default, choices, tuple(search.get(name, ())))
         for name, (default, choices) in parameters.items()
     }
-    return MethodInfo(
-        name=declared.name,
-        summary=summary,
-        source=declared.source,
-        needs=declared.needs,
-        spaces=declared.spaces,
-        stateful=declared.stateful,
-        options=MappingProxyType(options),
-        native_scale=declared.native_scale,
-        homogeneity=declared.homogeneity,
-        nonconflict=declared.nonconflict,
-        stationary=declared.stationary,
-        simplex=declared.simplex,
-        permutation=declared.permutation,
-        heads=declared.heads or ("own" if declared.needs & GRADIENT_NEEDS else "weighted"),
-        gives=declared.gives,
-    )
+    return summary, MappingProxyType(options)
 
 
 @lru_cache(maxsize=256)
-def _signature(cls: type[Method]) -> tuple[str, dict[str, tuple[Any, tuple[Any, ...]]]]:
-    """The summary of a class, and its options with their defaults and choices."""
-    summary = (inspect.getdoc(cls) or "").strip().split("\n")[0]
-    if not cls.__doc__ or not summary:
-        raise TypeError(f"{cls.__name__} has no docstring; its first line is the summary users read.")
-    if cls.__init__ is Method.__init__:
+def _parameters(factory: Callable[..., Any]) -> tuple[str, dict[str, tuple[Any, tuple[Any, ...]]]]:
+    """Defaults and choices of the options, beside the summary."""
+    summary = (inspect.getdoc(factory) or "").strip().split("\n")[0]
+    if not factory.__doc__ or not summary:
+        raise TypeError(f"{factory.__name__} has no docstring; its first line is the summary users read.")
+    constructor: Any = cast("type[Method]", factory).__init__ if isinstance(factory, type) else factory
+    if constructor is Method.__init__:
         return summary, {}  # preference and seed are for authors to pass on, not options of every method
-    constructor: Any = cls.__init__
     hints = typing.get_type_hints(constructor)
     options: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-    for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
+    for name, parameter in inspect.signature(factory).parameters.items():
         hint = hints.get(name)
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or hint is Method:
             continue
         if parameter.default is parameter.empty:
-            raise TypeError(f"option {name!r} of {cls.__name__} has no default; every option needs one.")
-        options[name] = (
-            parameter.default,
-            typing.get_args(hint) if typing.get_origin(hint) is Literal else (),
-        )
+            raise TypeError(f"option {name!r} of {factory.__name__} has no default; every option needs one.")
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        options[name] = (parameter.default, choices)
     return summary, options
+
+
+def _place(factory: Callable[..., Any]) -> str:
+    return f"{factory.__module__}.{factory.__qualname__}"
 
 
 def methods() -> dict[str, MethodInfo]:
@@ -175,7 +291,7 @@ def methods() -> dict[str, MethodInfo]:
         >>> "aligned-mtl" in detente.methods()
         True
     """
-    return {name: info for name, (_, info) in sorted(_registered.items())}
+    return _registered.rows()
 
 
 def create(name: str, tasks: Sequence[str] | int | None = None, **options: Any) -> Method:
@@ -197,13 +313,8 @@ def create(name: str, tasks: Sequence[str] | int | None = None, **options: Any) 
         >>> detente.create("aligned-mtl", preference={"seg": 0.7, "depth": 0.3}).tasks is None
         True
     """
-    cls, info = _load(name) if name.rpartition(":")[0].endswith(".py") else _find(name)
-    for option in options:
-        if option not in info.options:
-            offered = ", ".join(info.options) or "none"
-            raise UnknownOption(f"{info.name} has no option {option!r}; it has {offered}.")
-    constructor: Any = cls
-    method: Method = constructor(**options)
+    row = describe(_load(name)) if name.rpartition(":")[0].endswith(".py") else _registered.find(name)
+    method: Method = make(row, **options)
     if isinstance(tasks, str):
         raise TypeError(f"tasks is the text {tasks!r}; give a list of names, or their number.")
     if tasks is not None:
@@ -212,29 +323,7 @@ def create(name: str, tasks: Sequence[str] | int | None = None, **options: Any) 
     return method
 
 
-def info_of(method: Method) -> MethodInfo:
-    """What an instance declares, registered or not, with the options it was made with.
-
-    Example:
-        >>> import detente
-        >>> info_of(detente.create("uniform")).name
-        'uniform'
-    """
-    known = _registered.get(method.declares.name)
-    if known is not None and known[0] is type(method) and "declares" not in method.__dict__:
-        return known[1]
-    return describe(method)
-
-
-def _find(name: str) -> tuple[type[Method], MethodInfo]:
-    if name not in _registered:
-        close = get_close_matches(name, _registered, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UnknownMethod(f"unknown method {name!r}; {hint}Registered: {', '.join(sorted(_registered))}.")
-    return _registered[name]
-
-
-def _load(name: str) -> tuple[type[Method], MethodInfo]:
+def _load(name: str) -> type[Method]:
     path, _, attribute = name.rpartition(":")
     file = Path(path)
     if not file.is_file():
@@ -252,7 +341,7 @@ def _load(name: str) -> tuple[type[Method], MethodInfo]:
     cls = getattr(module, attribute, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise UnknownMethod(f"{path} has no class {attribute!r} derived from detente.Method.")
-    return cls, describe(cls)
+    return cls
 
 
 def discover(package: str, path: Sequence[str], skip: Mapping[str, str] | set[str]) -> None:

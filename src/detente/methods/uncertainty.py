@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from detente.geometry.adam import adam_step
+from detente.geometry.adam import adam_step, mean_gradient
 from detente.methods.base import Declaration, Method
-from detente.methods.checks import learned_scales
+from detente.methods.checks import check_growth, learned_scales
 from detente.methods.options import number, one_of
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
@@ -28,7 +28,9 @@ class Uncertainty(Method):
     Public codes have three forms: L / (2 e^s) + ½ s from s = -0.5 (``init=-0.5`` here); ½ (e^(-s) L + s) from
     s = 0, the default here; e^(-s) L + ½ s, ``classification`` here, used for all tasks. They hand s to the
     network's optimizer; here the method keeps s and takes its own Adam steps, after the weights of the step were
-    read. A loss that stays at or below zero has no best s: its weight grows without end.
+    read. A loss that stays at or below zero has no best s: its weight grows without end. A loss
+    that stays below zero is refused once its running mean, weighted, is below -50 (½ is where s settles) and its weight
+    more than 100 times what it was at the start, long before anything overflows.
 
     When to use it: losses of different units, the cheapest learned weighting. Cost: nothing beyond the step itself,
     no task gradients are taken.
@@ -39,7 +41,7 @@ class Uncertainty(Method):
         lr: step length of Adam on s, > 0. Ours: the papers learn s with the network's optimizer.
 
     Raises:
-        ValueError: an option is out of range; in a step: a loss stayed below zero until its scale was of no use.
+        ValueError: an option is out of range; in a step: a loss stays below zero and its scale grows without end.
 
     Example:
         >>> import detente
@@ -90,5 +92,7 @@ class Uncertainty(Method):
             self, -values[at], gradients.names
         )
         slope = 0.5 - weights * gradients.losses
-        values[at], moments[at] = adam_step(values[at], moments[at], slope, lr=self.lr)
+        following, learned = adam_step(values[at], moments[at], slope, lr=self.lr)
+        check_growth(self, gradients, -values[at], 1 - 2 * mean_gradient(learned), start=-self.init)
+        values[at], moments[at] = following, learned
         return Combination(weights=torch.from_numpy(weights))

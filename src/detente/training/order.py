@@ -28,8 +28,8 @@ def further_batches(info: MethodInfo, config: TrainingConfig) -> int:
         >>> further_batches(describe(create("mgda")), TrainingConfig())
         0
     """
-    counts = [int(need.partition(":")[2]) - 1 for need in info.needs if need.startswith("batches:")]
-    if not counts or config.further_batches == "same":
+    further = info.batches - 1
+    if further == 0 or config.further_batches == "same":
         return 0
     others = {
         f"gradients {config.gradients}": config.gradients == "features",
@@ -40,10 +40,10 @@ def further_batches(info: MethodInfo, config: TrainingConfig) -> int:
     for told, asked in others.items():
         if asked:
             raise ValueError(
-                f"method {info.name} compares the gradients of {counts[0] + 1} independent batches, which {told} does "
+                f"method {info.name} compares the gradients of {info.batches} independent batches, which {told} does "
                 "not go with: leave that out, or let one batch serve for all with further_batches same."
             )
-    return counts[0]
+    return further
 
 
 def absent_options(info: MethodInfo, config: TrainingConfig) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def absent_options(info: MethodInfo, config: TrainingConfig) -> dict[str, Any]:
     """
     found = dict(plain(asdict(type(config)())))
     # Before there was the option, one batch served for all.
-    if any(need.startswith("batches:") for need in info.needs):
+    if info.batches > 1:
         found["further_batches"] = "same"
     return found
 

@@ -1,62 +1,48 @@
-"""The contract of a wrapper, a method around a method, and the names of those that exist.
-
-A wrapper is a method like any other: it can be passed to ``backward`` and ``combine``, wrapped again, saved and loaded.
-What it declares follows from what the wrapped method declares.
-"""
+"""The contract of a wrapper, a method around a method, and the registry of those that exist."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
 from detente.methods.base import Declaration, Method
-from detente.methods.registry import UnknownOption, describe, info_of
-from detente.values import Combination, MethodInfo, Option, TaskGradients
-
-_registered: dict[str, WrapperInfo] = {}
+from detente.methods.registry import Registry, info_of, make, read_signature
+from detente.values import Combination, MethodInfo, Row, TaskGradients
 
 W = TypeVar("W", bound="type[Wrapper]")
 
 
-@dataclass(frozen=True)
-class WrapperInfo:
-    """What is known of a wrapper before it is wrapped around anything.
+@dataclass(frozen=True, kw_only=True)
+class WrapperInfo(Row):
+    """Hold what is known of a wrapper before it is wrapped around anything.
 
     Attributes:
-        name: the name for :func:`wrap`.
-        summary: one line.
-        source: paper, or where the idea comes from.
-        options: name to :class:`detente.Option`.
+        name, summary, source, options, factory: see :class:`detente.values.Row`.
         accepts: what the wrapped method may give: ``weights``, ``blocks``, ``direction``
             (see :class:`detente.MethodInfo`).
-        factory: takes a method, and the options as keywords.
 
     Example:
         >>> import detente
-        >>> detente.wrappers.registered()["every"].factory(detente.create("mgda"), k=3).declares.name
-        'every(mgda)'
+        >>> sorted(detente.wrappers.registered()["every"].accepts)
+        ['blocks', 'weights']
     """
 
-    name: str
-    summary: str
-    source: str
-    options: Mapping[str, Option]
     accepts: frozenset[str]
-    factory: Callable[..., Wrapper]
+
+
+_registered = Registry[WrapperInfo]("wrapper")
 
 
 class Wrapper(Method):
     """Base of the methods around a method.
 
     An author writes ``name``, ``source``, ``accepts`` (and ``search``), an ``__init__`` that takes the wrapped method
-    first and options as keywords, and ``solve``, which asks ``self.method.combine``. The last line of ``__init__`` is
-    ``self.derive(...)``: what the wrapper declares, as changes to what the wrapped method declares. A subclass with a
-    ``declares`` of its own keeps that: so a method built from a wrapper can be registered under a name.
+    first and options as keywords, and ``solve``, which asks ``self.method.combine``. ``looks_at`` names what ``solve``
+    needs beside the wrapped method. The last line of ``__init__`` is ``self.derive(...)``: what the wrapper declares,
+    as changes to what the wrapped method declares. A subclass with a ``declares`` of its own keeps that.
 
     Names of tasks, epochs and losses after the step are handed on to the wrapped method; its state is saved with the
     wrapper's, under ``method.``.
@@ -79,6 +65,7 @@ class Wrapper(Method):
     source: ClassVar[str]
     accepts: ClassVar[frozenset[str]] = frozenset({"weights", "blocks", "direction"})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    looks_at: frozenset[str] = frozenset()
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -96,35 +83,38 @@ class Wrapper(Method):
         self.method = method
 
     def derive(self, **changes: Any) -> None:
-        """Declare what the wrapped method declares, with these changes."""
+        """Declare what the wrapped method declares, with what this wrapper looks at and with these changes."""
         if isinstance(getattr(type(self), "declares", None), Declaration):
             return
         inner = self.method.declares
-        self.declares = replace(
-            inner,
-            **{
-                "name": f"{self.name}({inner.name})",
-                "source": f"{self.source}; {inner.source}",
-                "heads": self.inner_info().heads,
-                "search": self.search,
-                **changes,
-            },
-        )
+        derived: dict[str, Any] = {
+            "name": f"{self.name}({inner.name})",
+            "source": f"{self.source}; {inner.source}",
+            "needs": inner.needs | self.looks_at,
+            "search": self.search,
+        }
+        self.declares = replace(inner, **{**derived, **changes})
+
+    def named(self, name: str) -> Self:
+        """Declare a name of its own and the wrapper's source alone, as a registered preset does; returns itself."""
+        self.declares = replace(self.declares, name=name, source=self.source)
+        return self
 
     def inner_info(self) -> MethodInfo:
-        """What the wrapped method declares."""
+        """Return what the wrapped method declares."""
         return info_of(self.method)
 
     def needs_now(self) -> frozenset[str]:
-        """What this wrapper needs beyond the wrapped method, and what that one needs now."""
-        return (self.declares.needs - self.method.declares.needs) | self.method.needs_now()
+        """Return what this wrapper needs beyond the wrapped method, and what that one needs now."""
+        own = self.declares.needs - self.method.declares.needs
+        return self.looks_at | own | self.method.needs_now()
 
     def end_epoch(self) -> None:
         """Tell the wrapped method."""
         self.method.end_epoch()
 
     def epoch_record(self) -> dict[str, Any]:
-        """What the wrapped method has to say."""
+        """Return the record of the wrapped method."""
         return self.method.epoch_record()
 
     def after_step(self, losses: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -132,7 +122,7 @@ class Wrapper(Method):
         self.method.after_step(losses)
 
     def weights_of(self, result: Combination, gradients: TaskGradients) -> np.ndarray:
-        """[T, W] weights that the wrapped method gave: W is 1, or the number of blocks.
+        """Return the weights [T, W] that the wrapped method gave: W is 1, or the number of blocks.
 
         Raises:
             ValueError: it gave none.
@@ -151,31 +141,29 @@ def register_wrapper(cls: W) -> W:
     """Make a :class:`Wrapper` known by its name; used as a decorator.
 
     Raises:
+        TypeError: as :func:`detente.register`.
         ValueError: another wrapper has that name.
 
     Example:
         >>> sorted(registered())
         ['adaptive', 'every', 'inexact', 'normalize', 'per-block', 'smooth']
     """
-    known = _registered.get(cls.name)
-    if known is not None and known.factory is not cls:
-        raise ValueError(f"a wrapper named {cls.name!r} is already registered; choose another name.")
-    summary = (inspect.getdoc(cls) or "").strip().split("\n")[0]
-    declared = type("_", (cls,), {"declares": Declaration(cls.name, cls.source, search=cls.search)})
-    declared.__doc__ = cls.__doc__
-    options = MappingProxyType(dict(describe(declared).options))
-    _registered[cls.name] = WrapperInfo(cls.name, summary, cls.source, options, cls.accepts, cls)
+    summary, options = read_signature(cls, cls.search)
+    row = WrapperInfo(
+        name=cls.name, summary=summary, source=cls.source, options=options, factory=cls, accepts=cls.accepts
+    )
+    _registered.add(row)
     return cls
 
 
 def registered() -> dict[str, WrapperInfo]:
-    """Every registered wrapper: name to :class:`WrapperInfo`, sorted by name.
+    """Return every registered wrapper: name to :class:`WrapperInfo`, sorted by name.
 
     Example:
         >>> registered()["every"].options["k"].default
         5
     """
-    return dict(sorted(_registered.items()))
+    return _registered.rows()
 
 
 def wrap(name: str, method: Method, **options: Any) -> Wrapper:
@@ -187,8 +175,9 @@ def wrap(name: str, method: Method, **options: Any) -> Wrapper:
         **options: the wrapper's options.
 
     Raises:
-        ValueError: no such wrapper, an option out of range, or a method it cannot be wrapped around.
+        UnknownName: no such wrapper; it is a ValueError.
         UnknownOption: the wrapper has no such option; its options are listed.
+        ValueError: an option is out of range, or the method is none it can be wrapped around.
         TypeError: ``method`` is none.
 
     Example:
@@ -196,10 +185,5 @@ def wrap(name: str, method: Method, **options: Any) -> Wrapper:
         >>> detente.wrap("every", detente.create("mgda"), k=5).declares.name
         'every(mgda)'
     """
-    if name not in _registered:
-        raise ValueError(f"unknown wrapper {name!r}. Registered: {', '.join(registered())}.")
-    info = _registered[name]
-    for option in options:
-        if option not in info.options:
-            raise UnknownOption(f"{name} has no option {option!r}; it has {', '.join(info.options)}.")
-    return info.factory(method, **options)
+    wrapper: Wrapper = make(_registered.find(name), method, **options)
+    return wrapper

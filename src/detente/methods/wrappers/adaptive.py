@@ -1,4 +1,4 @@
-"""The guard that estimates the error of the tasks' gradients from the gradients it has seen."""
+"""A guard that estimates the error of the tasks' gradients from the gradients it has seen."""
 
 from __future__ import annotations
 
@@ -9,48 +9,73 @@ import torch
 
 from detente.methods.base import Method
 from detente.methods.checks import Array, layout_of, sized
-from detente.methods.guard import Guard, Refuse
-from detente.methods.noise import follow
 from detente.methods.options import number, one_of
-from detente.methods.wrapping import register_wrapper
+from detente.methods.wrappers.base import register_wrapper
+from detente.methods.wrappers.guard import Guard, Refuse
 from detente.values import TaskGradients
+
+# Columns are converted to float64 in chunks of about this many entries, so that no copy of the rows is made.
+_CHUNK_ENTRIES = 1 << 17
+_CHUNK_ENTRIES_ON_DEVICE = 1 << 25
+
+
+def follow(
+    mean: torch.Tensor, variance: torch.Tensor, rows: torch.Tensor, share: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add one more gradient of each task to the mean and the variance of those before it.
+
+    With δ = g - mean and the share a of the new gradient: mean ← mean + a δ and variance ← (1 - a)(variance + a ‖δ‖²).
+    With a = 1/n in the n-th step these are the plain mean and the mean squared distance from it (Welford 1962); with
+    a = (1 - β) / (1 - β^n) they are the same with the weight β^(n-k) on the k-th gradient (West 1979). The two means of
+    the textbook formula, mean ‖g‖² - ‖mean g‖², cancel where the noise is small beside the gradient; here only
+    differences are squared, and they are taken in float64.
+
+    Args:
+        mean: [T, P] the means so far; any finite numbers where the share is 1.
+        variance: [T] float64 on the device of ``mean``, the mean squared distances so far.
+        rows: [T, P] the new gradients.
+        share: [T] in (0, 1]; 1 starts anew.
+
+    Returns:
+        The new mean [T, P] and variance [T]; what was handed in stays as it is.
+
+    Example:
+        >>> mean, variance = torch.zeros(1, 2), torch.zeros(1, dtype=torch.float64)
+        >>> for number, gradient in enumerate(([1.0, 0.0], [3.0, 0.0], [2.0, 3.0]), start=1):
+        ...     mean, variance = follow(mean, variance, torch.tensor([gradient]), np.array([1 / number]))
+        >>> mean, variance  # the distances are √2, √2 and 2
+        (tensor([[2., 1.]]), tensor([2.6667], dtype=torch.float64))
+    """
+    tasks, columns = rows.shape
+    entries = _CHUNK_ENTRIES if rows.device.type == "cpu" else _CHUNK_ENTRIES_ON_DEVICE
+    width = max(1, entries // tasks)
+    weight = torch.from_numpy(share).to(device=rows.device, dtype=torch.float64)
+    moved, squares = torch.empty_like(mean), torch.zeros_like(variance)
+    for start in range(0, columns, width):
+        part = slice(start, start + width)
+        old, new = mean[:, part].to(torch.float64), rows[:, part].to(torch.float64)
+        moved[:, part] = torch.lerp(old, new, weight[:, None])
+        squares += (new - old).square_().sum(dim=1)
+    return moved, (1 - weight) * (variance + weight * squares)
 
 
 @register_wrapper
 class Adaptive(Guard):
     """Adaptive: take a step only if it helps every task, with error bounds estimated from the gradients themselves.
 
-    The test is that of ``inexact``, <q, g_i> >= ‖q‖ ε_i for every task present. The bound is ε_i = λ ε̂_i, and ε̂_i² is
-    the mean squared distance of the gradients g_i^p of single batches p from their mean over the epoch before,
-    mean_p ‖g_i^p‖² - ‖mean_p g_i^p‖² (Aygar 2019, equations 2.13 to 2.16). The first epoch is not guarded: every step
-    is accepted, whatever its direction, and a task that comes later is not tested until the end of its first epoch.
-    One gradient says nothing of the noise: an epoch in which a task came once leaves it the estimate it had, or none.
-    The gradients of refused steps count, as in the thesis.
+    The test is that of ``inexact``, <q, g_i> >= ‖q‖ ε_i for every task present, with ε_i = λ ε̂_i. ε̂_i² is the mean
+    squared distance of the gradients of single batches from their mean over the epoch before (Aygar 2019, equations
+    2.13 to 2.16); with ``statistics="running"`` over all steps before, the recent ones counting more. The page on
+    guards says how both are accumulated, and where the text and the algorithm of the thesis differ.
 
-    The thesis computes the difference of the two means, which cancels where the noise is small beside the gradient;
-    here the distances are accumulated (Welford 1962), in float64, with a running mean in the dtype of the gradients
-    (float32 for shorter ones). Text and algorithm of the thesis differ in what λ scales: ε̂ in the text of section 2.3,
-    ε̂² in the algorithm's box and in the conclusions. The default is the text's, because the experiments agree with it:
-    ε̂ was ten times the best constant ε on MultiMNIST, and λ = 0.1 the best scale, hence its default here.
+    The first epoch is not guarded: every step is accepted, whatever its direction, and a task that comes later is not
+    tested until the end of its first epoch; with running statistics a task is guarded from its third gradient on. An
+    epoch in which a task came once leaves it the estimate it had. An epoch ends with ``end_epoch()`` or after
+    ``epoch_steps`` calls. The notes of every combination say that there is no estimate yet, or the bounds in force.
+    ``estimates`` holds ε̂_i², ``refused_share`` and ``last_refused_share`` the shares of refused steps.
 
-    ``statistics="running"`` is the running average that the thesis leaves to future work, in a form of ours: mean and
-    squared distance are weighted by decay^(n-k) for the k-th of n gradients, so that the bound follows from step to
-    step and no epochs are needed. A task is guarded from its third gradient on. So few gradients count that their mean
-    follows them: with the weights w_k, which add up to 1, the mean squared distance is small by the factor 1 - Σ w_k²
-    (half after two gradients, 2 decay / (1 + decay) in the end), and is divided by it. The estimate of an epoch is
-    left as in the thesis, small by 1 - 1/N after N gradients.
-
-    An epoch ends with ``end_epoch()`` or after ``epoch_steps`` calls. If neither happens, nothing is ever refused but
-    with running statistics. The notes of every combination say which form ran: that there is no estimate yet, or the
-    bounds in force. ``estimates`` holds ε̂_i², ``refused_share`` and ``last_refused_share`` the shares of refused steps
-    in this and in the last epoch.
-
-    A task that is absent from a step, or from an epoch, keeps its statistics. Gradients must be comparable from batch
-    to batch: they are with respect to parameters, in the exact space or on one layer, and the shared parameters must
-    stay the same. Where a task that comes later reaches parameters that were another task's own until then, name the
-    shared ones with ``shared=`` from the start. On ``features=`` the rows are
-    gradients with respect to the representation of one batch; the next batch has another one, and a mean over both
-    has no meaning.
+    Gradients must be comparable from batch to batch: with respect to the same parameters, not to the representation.
+    Where a task that comes later makes more parameters shared, name them with ``shared=`` from the start.
 
     When to use it: gradients noisy enough to matter, and no idea of the size of the noise. Cost: T x P numbers of state
     in the memory of the parameters (two times that while a step is made, since a step that fails is undone, and three
@@ -120,14 +145,16 @@ class Adaptive(Guard):
                 f"{self.name} compares gradients of parameters from step to step, and {given.name} can only be solved "
                 f"on {', '.join(sorted(given.spaces))}."
             )
-        needs = given.needs | self.looks_at
-        by_option: dict[str, Any] = {"needs": needs} if statistics == "running" else {}
-        if refuse == "shared" and given.stationary is not None:
-            by_option["stationary"] = None
-        self._declare({"needs": needs | {"epoch"}, "spaces": spaces, "stateful": True}, by_option)
+        epoch = {"epoch"} if statistics == "epoch" else set()
+        self.derive(
+            needs=given.needs | self.looks_at | epoch,
+            spaces=spaces,
+            stateful=True,
+            stationary=None if refuse == "shared" else given.stationary,
+        )
 
     def allocate(self, tasks: int) -> None:
-        """Means sized by the first gradients, squared distances from them, gradients counted; the last estimates."""
+        """Register means sized by the first gradients, squared distances from them, counts, and the last estimates."""
         self.register_buffer("mean", None)
         self.register_buffer("variance", torch.zeros(tasks, dtype=torch.float64))
         self.register_buffer("samples", torch.zeros(tasks, dtype=torch.int64))
@@ -136,7 +163,7 @@ class Adaptive(Guard):
 
     @property
     def estimates(self) -> dict[str, float]:
-        """Task to ε̂_i², not scaled, in the unit of a squared gradient; tasks without an estimate are not named."""
+        """Return ε̂_i² by task, not scaled, in the unit of a squared gradient; only of tasks with an estimate."""
         if self.tasks is None:
             return {}
         squared, known = self._estimated(np.arange(len(self.tasks)))
@@ -145,11 +172,11 @@ class Adaptive(Guard):
         }
 
     def epoch_record(self) -> dict[str, Any]:
-        """Also the estimates ε̂²."""
+        """Return also the estimates ε̂²."""
         return {**super().epoch_record(), "epsilon_squared": self.estimates}
 
     def bounds(self, gradients: TaskGradients) -> tuple[Array, tuple[str, ...]]:
-        """λ ε̂ of the tasks with an estimate."""
+        """Return λ ε̂ of the tasks with an estimate."""
         if self.mean is not None:
             sized(self, self.mean, self._like(gradients), gradients)
         squared, known = self._estimated(self.positions(gradients.names))
@@ -170,7 +197,7 @@ class Adaptive(Guard):
         return bounds, (f"{name}: epsilon {origin}: {listed}",)
 
     def learn(self, gradients: TaskGradients) -> None:
-        """The gradients join their means."""
+        """Add the gradients to their means."""
         jacobian = gradients.jacobian
         assert jacobian is not None and self.tasks is not None
         at = self.positions(gradients.names)
@@ -192,7 +219,7 @@ class Adaptive(Guard):
         self.samples = self.samples.index_copy(0, host, torch.from_numpy(samples))
 
     def epoch_ended(self) -> None:
-        """The squared distances become the estimates; the next gradient of each task starts anew."""
+        """Make the squared distances the estimates; the next gradient of each task starts anew."""
         if self.statistics == "running" or self.tasks is None:
             return
         spread = self.samples >= 2
@@ -201,7 +228,7 @@ class Adaptive(Guard):
         self.samples = torch.zeros_like(self.samples)
 
     def _estimated(self, at: np.ndarray) -> tuple[Array, np.ndarray]:
-        """ε̂² of the tasks in these places, and which of them have one."""
+        """Return ε̂² of the tasks in these places, and which of them have one."""
         if self.statistics == "running":
             variance, samples = self.variance.cpu().numpy()[at], self.samples.numpy()[at]
             faded = self.decay ** np.maximum(samples, 2)
@@ -211,7 +238,7 @@ class Adaptive(Guard):
         return self.estimate.numpy()[at], self.epochs.numpy()[at] > 0
 
     def _like(self, gradients: TaskGradients) -> torch.Tensor:
-        """Empty, with the columns, the device and the dtype of the means: bfloat16 would lose the late gradients."""
+        """Make an empty tensor like the means, of at least float32: bfloat16 would lose the late gradients."""
         jacobian = gradients.jacobian
         assert jacobian is not None
         return jacobian.new_empty(

@@ -1,8 +1,7 @@
 """Guards: a method's step is taken only if it helps every task, whatever the error of the tasks' gradients.
 
 A gradient from a batch is off by some error; ε_i bounds the error of task i. :class:`Inexact` is told the bounds,
-:class:`detente.methods.adaptive.Adaptive` estimates them from the gradients it has seen. Both go around any method that
-gives weights.
+``Adaptive`` estimates them from the gradients it has seen. Both go around any method that gives weights.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from detente.methods.base import Declaration, Method, weight_by_name
+from detente.methods.base import Method, weight_by_name
 from detente.methods.checks import Array
 from detente.methods.options import is_number, number, one_of, whole_or_none
-from detente.methods.wrapping import Wrapper, register_wrapper
+from detente.methods.wrappers.base import Wrapper, register_wrapper
 from detente.values import Combination, TaskGradients
 
 Bounds = float | Mapping[str, float] | Sequence[float]
@@ -51,7 +50,7 @@ class EarlyTerminationWarning(UserWarning):
 
 
 def shortfalls(gramians: np.ndarray, weights: np.ndarray, bounds: np.ndarray) -> Array:
-    """[T] by how much <q, g_i> falls short of ‖q‖ ε_i; zero where the guard's test holds, and for a q of zero.
+    """Measure by how much [T] <q, g_i> falls short of ‖q‖ ε_i; zero where the guard's test holds, and for a q of zero.
 
     The inner product and the length of the direction q = Σ α_j g_j are read off the Gramian G in float64: q·g_i =
     (Gα)_i and ‖q‖² = αᵀGα, summed over the blocks of parameters where their weights differ.
@@ -115,7 +114,7 @@ class Guard(Wrapper):
         super().__init__(method)
         self.refuse = one_of("refuse", refuse, ("all", "shared"))
         self.epoch_steps = whole_or_none("epoch_steps", epoch_steps, least=1)
-        self.place = ""  # which block of parameters this is the guard of, for the warning
+        self._place = ""
         self._warned = False  # of the epoch that the next step closes again, see _count
         for name in ("steps", "refused", "last_steps", "last_refused"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -124,7 +123,7 @@ class Guard(Wrapper):
 
     @abstractmethod
     def bounds(self, gradients: TaskGradients) -> tuple[Array, tuple[str, ...]]:
-        """[T] the ε_i of the tasks present, NaN for those not tested, and notes for the record.
+        """Return [T] the ε_i of the tasks present, NaN for those not tested, and notes for the record.
 
         Whatever can fail in a guard fails here: the wrapped method has then not been asked yet.
         """
@@ -139,24 +138,24 @@ class Guard(Wrapper):
 
     @property
     def refused_share(self) -> float | None:
-        """In [0, 1], the share of refused steps in this epoch so far; None before its first step."""
+        """Return the share in [0, 1] of refused steps in this epoch so far; None before its first step."""
         return _share(self.refused, self.steps)
 
     @property
     def last_refused_share(self) -> float | None:
-        """In [0, 1], the share of refused steps in the epoch that ended last; None before one ended."""
+        """Return the share in [0, 1] of refused steps in the epoch that ended last; None before one ended."""
         return _share(self.last_refused, self.last_steps)
 
     def epoch_record(self) -> dict[str, Any]:
-        """The share of refused steps in the epoch that ended last, beside what the wrapped method has to say."""
+        """Return the share of refused steps in the epoch that ended last, beside the wrapped method's record."""
         return {**self.method.epoch_record(), "refused_share": self.last_refused_share}
 
-    def needs_now(self) -> frozenset[str]:
-        """What the test takes, and what the wrapped method needs now."""
-        return self.looks_at | self.method.needs_now()
+    def locate(self, place: str) -> None:
+        """Take in of which block of parameters this is the guard, for the warning."""
+        self._place = place
 
     def solve(self, gradients: TaskGradients) -> Combination:
-        """What the wrapped method found, if the test holds for every task."""
+        """Return what the wrapped method found, refused where the test fails for some task."""
         bounds, notes = self.bounds(gradients)
         result = self.method.combine(gradients)
         lacking = np.zeros(gradients.tasks)
@@ -193,12 +192,6 @@ class Guard(Wrapper):
 
     # ---- private
 
-    def _declare(self, always: Mapping[str, Any], by_option: Mapping[str, Any]) -> None:
-        """Declare as a wrapper; a method with a declaration of its own declares what its options change."""
-        self.derive(**{**always, **by_option})
-        if by_option and isinstance(getattr(type(self), "declares", None), Declaration):
-            self.declares = replace(self.declares, **by_option)
-
     def _reason(self, gradients: TaskGradients, lacking: Array) -> str:
         worst = int(np.argmax(lacking))
         what = "step" if self.refuse == "all" else "shared part of the step"
@@ -221,7 +214,7 @@ class Guard(Wrapper):
         self._warned = False
 
     def _close(self) -> str | None:
-        """Close the epoch; what is to be said of it, if anything."""
+        """Close the epoch; return the warning it is worth, if any."""
         steps, refused = int(self.steps), int(self.refused)
         if steps == 0:
             return None
@@ -231,7 +224,7 @@ class Guard(Wrapper):
         if refused <= TERMINATED * steps:
             return None
         return (
-            f"{self.declares.name} refused {refused} of {steps} steps of the epoch{self.place}: if the next ones go "
+            f"{self.declares.name} refused {refused} of {steps} steps of the epoch{self._place}: if the next ones go "
             f"the same way, the training has ended. {self.advice}, or enlarge the batch, so that the gradients are "
             "less noisy; or stop here, if the losses are where you want them."
         )
@@ -244,27 +237,15 @@ class Inexact(Guard):
     Let the gradient g_i of task i be off by at most ε_i, and let q = Σ α_j g_j be the direction of the wrapped method.
     The step is accepted if <q, g_i> >= ‖q‖ ε_i for every task present.
 
-    This follows from the thesis of Aygar (2019). The true gradient lies within the angle φ_i = arcsin(ε_i / ‖g_i‖) of
-    g_i (equation 2.9). The angle between q and the plane orthogonal to g_i is γ_i = π/2 - arccos(<q, g_i> /
-    (‖q‖ ‖g_i‖)) = arcsin(<q, g_i> / (‖q‖ ‖g_i‖)) (equation 2.10, for the q that is subtracted). The rule γ_i >= φ_i
-    (equation 2.11) keeps q on the right side of the plane of every gradient within the bound. Since arcsin grows, it
-    reads <q, g_i> / (‖q‖ ‖g_i‖) >= ε_i / ‖g_i‖, which is the test. Where ε_i > ‖g_i‖ the angle φ_i does not exist and
-    the test fails, as it should: the true gradient may point anywhere.
-
-    With <q, g_i> = α_i ‖g_i‖² + Σ_{j≠i} α_j <g_j, g_i> the same test is α_i >= α_min,i = (‖q‖ ε_i - Σ_{j≠i} α_j <g_j,
-    g_i>) / ‖g_i‖². Equation 2.12 prints this with ‖g_i‖ where ‖g_i‖² is needed: as printed, α_i would have the unit of
-    a gradient.
-
-    At q = 0 both sides are zero and the step is accepted; a stationary step stays one. A q that cancels up to the
-    rounding of float32 gradients, ‖q‖ <= 4.8e-7 Σ_j |α_j| ‖g_j‖, counts as zero, in whichever dtype. With ε = 0 only a
-    direction against some task is refused, and a method that never gives one is left as it is: an inner product below
-    the bound by less than 1e-12 Σ_j |α_j| ‖g_j‖ ‖g_i‖ counts as rounding. A step that the wrapped method refuses stays
+    The true gradient then lies within the angle arcsin(ε_i / ‖g_i‖) of g_i, and the test keeps q on the right side of
+    the plane of every gradient within the bound (Aygar 2019, equations 2.9 to 2.11). The page on guards derives it,
+    says why equation 2.12 needs ‖g_i‖² where it prints ‖g_i‖, and what counts as rounding. At q = 0 the step is
+    accepted. With ε = 0 only a direction against some task is refused. A step that the wrapped method refuses stays
     refused.
 
     Steps and refused steps are counted, for this epoch in ``refused_share`` and for the one before in
     ``last_refused_share``; an epoch ends with ``end_epoch()`` or after ``epoch_steps`` calls. If neither happens, the
-    count goes on and nothing else changes. Where warnings are errors, the one about an epoch closed by ``epoch_steps``
-    undoes the step it comes in, as every error does; the next step closes that epoch and goes on.
+    count goes on and nothing else changes.
 
     When to use it: to see, or to avoid, steps that noise may have turned against a task. Cost: the task gradients, for
     a method that does not take them anyway; beside them the test on the Gramian, some tenths of a millisecond however
@@ -275,9 +256,8 @@ class Inexact(Guard):
         epsilon: >= 0, in the unit of a gradient's length in the space where the problem is solved: one number for all
             tasks, or one for each, by name or by position.
         refuse: ``all``: a refused step leaves every ``.grad`` as it was found. ``shared``: only the shared part stays
-            where it is, and the heads move; the step then counts as accepted, its status is ``stationary`` and a note
-            says what was refused; there is no ``transform``. The shared parameters are given a gradient of zero:
-            momentum and weight decay of the optimizer still move them.
+            where it is, and the heads move; the status is then ``stationary``, with a note and without a transform.
+            The shared parameters are given a gradient of zero: momentum and weight decay still move them.
         epoch_steps: steps after which the guard itself ends an epoch of its counts; ``end_epoch()`` then goes to the
             wrapped method alone. None waits for ``end_epoch()``.
 
@@ -313,16 +293,15 @@ class Inexact(Guard):
         self.epsilon = check_bounds("epsilon", epsilon)
         if not isinstance(self.epsilon, float):
             self._preference = self.epsilon
-        given = self.inner_info()
-        by_option: dict[str, Any] = {}
-        if np.any(self._bounds_of(None) > 0):
-            by_option["homogeneity"] = None
-        if refuse == "shared" and given.stationary is not None:
-            by_option["stationary"] = None
-        self._declare({"needs": given.needs | self.looks_at, "nonconflict": True}, by_option)
+        inner = self.method.declares
+        self.derive(
+            nonconflict=True,
+            homogeneity=None if np.any(self._bounds_of(None) > 0) else inner.homogeneity,
+            stationary=None if refuse == "shared" else inner.stationary,
+        )
 
     def bounds(self, gradients: TaskGradients) -> tuple[Array, tuple[str, ...]]:
-        """The given bounds."""
+        """Return the given bounds."""
         return self._bounds_of(gradients.names), ()
 
     def _bounds_of(self, names: Sequence[str] | None) -> Array:
@@ -341,7 +320,7 @@ class Inexact(Guard):
 
 
 def check_bounds(option: str, value: Bounds) -> float | dict[str, float] | tuple[float, ...]:
-    """A finite number >= 0, or a mapping or sequence of such, copied.
+    """Check a finite number >= 0, or a mapping or sequence of such, and copy it.
 
     Raises:
         ValueError: one is negative or not finite; the option, and the task by name or position, is named.

@@ -1,4 +1,4 @@
-"""A method around a method: one problem for each block of parameters."""
+"""A wrapper that solves one problem for each block of parameters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from detente.methods.base import Method
-from detente.methods.guard import Guard
 from detente.methods.options import one_of
-from detente.methods.wrapping import Wrapper, register_wrapper
+from detente.methods.wrappers.base import Wrapper, register_wrapper
+from detente.methods.wrappers.guard import Guard
 from detente.values import Combination, TaskGradients
 
 
@@ -74,7 +74,7 @@ class PerBlock(Wrapper):
         )
 
     def needs_now(self) -> frozenset[str]:
-        """Always the Gramian of each block."""
+        """Return always the Gramian of each block."""
         return self.declares.needs
 
     def end_epoch(self) -> None:
@@ -89,7 +89,7 @@ class PerBlock(Wrapper):
             raise failed
 
     def epoch_record(self) -> dict[str, Any]:
-        """What the wrapped method has to say; of copies the mean of each number, and under ``blocks`` each one's own.
+        """Return the wrapped method's record; of copies the mean of each number, and under ``blocks`` each one's own.
 
         The blocks are in the order of the shared parameters. What is no number in every copy, or None, has no mean.
         """
@@ -104,7 +104,7 @@ class PerBlock(Wrapper):
             method.after_step(losses)
 
     def solve(self, gradients: TaskGradients) -> Combination:
-        """One problem for each block, put together."""
+        """Solve one problem for each block, and put the results together."""
         layers = gradients.block_layers if self.by == "layer" else tuple(range(len(gradients.block_sizes)))
         starts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1]]
         blocks = _split(gradients, starts, "jacobian" in self.method.declares.needs)
@@ -155,7 +155,7 @@ class PerBlock(Wrapper):
             for method, name in zip(copies, names, strict=True):
                 for guard in method.modules():
                     if isinstance(guard, Guard):
-                        guard.place = f" {what} {name}"
+                        guard.locate(f" {what} {name}")
             self._named = names
         results = [method.combine(block) for method, block in zip(copies, blocks, strict=True)]
         if len(self.blocks) == 0:
@@ -180,7 +180,7 @@ class PerBlock(Wrapper):
 
 
 def _means(told: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Key by key the mean of what is a number in every record, or None; None where it is nowhere a number."""
+    """Take key by key the mean of what is a number in every record, or None; None where it is nowhere a number."""
     means: dict[str, float | None] = {}
     for key in told[0]:
         values = [record.get(key) for record in told]
@@ -199,7 +199,7 @@ def _sums(sizes: Sequence[int], starts: list[int]) -> list[int]:
 
 
 def _split(gradients: TaskGradients, starts: list[int], with_jacobian: bool) -> list[TaskGradients]:
-    """What a method sees of each group of blocks that begins at one of ``starts``."""
+    """Return what a method sees of each group of blocks that begins at one of ``starts``."""
     assert gradients.block_gramians is not None
     gramians = np.add.reduceat(gradients.block_gramians, starts, axis=0)
     further = [_split(other, starts, with_jacobian) for other in gradients.extra]
