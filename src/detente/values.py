@@ -325,11 +325,6 @@ class Declaration:
             object.__setattr__(self, "heads", "own" if self.takes_gradients else "weighted")
 
     @property
-    def batches(self) -> int:
-        """How many independent batches a step looks at: k of the need ``batches:k``, else 1."""
-        return max([1, *(int(need.partition(":")[2]) for need in self.needs if need.startswith("batches:"))])
-
-    @property
     def takes_gradients(self) -> bool:
         """Tell whether the method must see task gradients; a weighting of the losses does not."""
         return bool(self.needs & GRADIENT_NEEDS)

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from detente.autograd.branches import Branches, is_branch
 from detente.autograd.graph import Edge, Walk, beside, gradient_edge, walk
 from detente.autograd.ranks import Ranks
-from detente.values import Space
+from detente.values import MethodInfo, Space
 
 Parameters: TypeAlias = torch.Tensor | nn.Module | Iterable["torch.Tensor | nn.Module"]
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
@@ -142,6 +142,7 @@ class Memory:
         evidence: for parameters that the graph leaves open, the tasks under which their gradient was seen not to be
             zero, and those whose gradient could have told.
         moved: tasks whose gradient of what is shared was seen not to be zero, where the graph leaves that open.
+        info: what the method declares.
         witness: an optimizer of a single number, for gradient scalers.
         filled: tensors whose ``.grad`` was filled with NaN for a gradient scaler by a refused step.
     """
@@ -156,6 +157,7 @@ class Memory:
         self.awaited: tuple[str, ...] | None = None
         self.evidence: Any = WeakIdKeyDictionary()
         self.moved: set[str] = set()
+        self.info: MethodInfo | None = None
         self.witness: torch.optim.Optimizer | None = None
         self.filled: list[weakref.ref[torch.Tensor]] = []
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from detente.geometry.gramian import Array, one_thread, unit_rows
+from detente.geometry.gramian import Array, condition_of_two, one_thread, unit_rows
 from detente.geometry.spectrum import condition_of_rows
 from detente.values import Conflict
 
@@ -31,8 +31,11 @@ def measure_conflict(gramian: np.ndarray) -> Conflict:
     """
     lengths, scaled = unit_rows(gramian)  # once, for all the measures
     bounded = _bounded(lengths, scaled)
-    with one_thread(len(lengths)):
-        condition_number = condition_of_rows(lengths, scaled)
+    if len(lengths) == 2 and lengths.min() > 0:
+        condition_number = condition_of_two(lengths, float(scaled[0, 1]))
+    else:
+        with one_thread(len(lengths)):
+            condition_number = condition_of_rows(lengths, scaled)
     return Conflict(
         norms=tuple(lengths.tolist()),
         cosines=tuple(map(tuple, bounded.tolist())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
 Array = NDArray[np.float64]
+
+EPS = float(np.finfo(np.float64).eps)
 
 # How far an entry may be from symmetry, or a cosine beyond one, before it is no longer rounding of a float64 Gramian.
 ROUNDING = 1e-8
@@ -155,3 +158,30 @@ def _controller(with_scipy: bool) -> ThreadpoolController:
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()
+
+
+def spectrum_of_two(norms: Array, cosine: float) -> tuple[float, float]:
+    """Return the larger eigenvalue of two tasks, and the root of the product of both, without the shorter one's square.
+
+    The sum is a² + b², the product a²b²(1 - c²); it is zero for gradients that are parallel but for rounding, judged as
+    the rank of any number of tasks.
+
+    Example:
+        >>> spectrum_of_two(np.array([2.0, 1.0]), 0.0)
+        (4.0, 2.0)
+    """
+    a, b = norms.tolist()
+    largest = (a * a + b * b + math.hypot((a - b) * (a + b), 2 * a * b * cosine)) / 2
+    parallel = 1 - abs(cosine) <= 16 * EPS * (1 + abs(cosine))
+    return largest, 0.0 if parallel else a * b * math.sqrt((1 - cosine) * (1 + cosine))
+
+
+def condition_of_two(norms: Array, cosine: float) -> float:
+    """Return the condition number of two gradients of positive length.
+
+    Example:
+        >>> condition_of_two(np.array([3.0, 1.0]), 0.0)
+        3.0
+    """
+    largest, area = spectrum_of_two(norms / norms.max(), cosine)
+    return math.inf if area == 0 else max(1.0, largest / area)

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from detente.geometry.gramian import Array, unit_rows
+from detente.geometry.gramian import EPS, Array, condition_of_two, spectrum_of_two, unit_rows
 
-EPS = float(np.finfo(np.float64).eps)
 # A gradient of unit length that keeps this distance from the span of the others needs no second look.
 CLEARLY_INDEPENDENT = 1e-4
 # An ordinary routine is right to machine epsilon over this, relative to the smallest eigenvalue: twelve digits or more,
@@ -109,8 +108,7 @@ def condition_of_rows(norms: Array, cosines: Array) -> float:
     if norms.min() == 0:
         return math.inf
     if len(norms) == 2:
-        largest, area = _two(norms / longest, float(cosines[0, 1]))
-        return math.inf if area == 0 else max(1.0, largest / area)
+        return condition_of_two(norms, float(cosines[0, 1]))
     order, factor = _factor(norms / longest, cosines)
     if factor.shape[1] < len(norms):
         return math.inf
@@ -118,23 +116,11 @@ def condition_of_rows(norms: Array, cosines: Array) -> float:
     return math.inf if singular[-1] == 0 else max(1.0, float(singular[0] / singular[-1]))
 
 
-def _two(norms: Array, cosine: float) -> tuple[float, float]:
-    """The larger eigenvalue of two tasks, and the root of the product of both, without squares of the shorter norm.
-
-    The sum is a² + b², the product a²b²(1 - c²); it is zero for gradients that are parallel but for rounding, judged as
-    the rank of any number of tasks.
-    """
-    a, b = norms.tolist()
-    largest = (a * a + b * b + math.hypot((a - b) * (a + b), 2 * a * b * cosine)) / 2
-    parallel = 1 - abs(cosine) <= 16 * EPS * (1 + abs(cosine))
-    return largest, 0.0 if parallel else a * b * math.sqrt((1 - cosine) * (1 + cosine))
-
-
 def _decompose_two(norms: Array, cosine: float) -> tuple[Array, Array]:
     """Eigenvalues descending and eigenvectors of two tasks: the vectors stand at half the angle of (a² - b², 2abc)."""
     b, a = sorted(norms.tolist())  # from the longer one, the angle is small where the lengths differ much
     angle = math.atan2(2 * a * b * cosine, (a - b) * (a + b)) / 2
-    largest, area = _two(norms, cosine)
+    largest, area = spectrum_of_two(norms, cosine)
     smallest = area * area / largest
     along, across = math.cos(angle), math.sin(angle)
     longer, shorter = [along, -across], [across, along]

@@ -6,10 +6,10 @@ and turns a step into plain numbers; `accumulating` makes one step of several mi
 """
 
 from detente.step.accumulating import accumulate
-from detente.step.training_step import apply, backward, shared_gradients
 from detente.step.combining import combine, with_direction
 from detente.step.deciding import NUMBERS, decide, record_of, undone_on_failure
 from detente.step.taking import task_gradients
+from detente.step.training_step import apply, backward, shared_gradients
 
 __all__ = [
     "NUMBERS",

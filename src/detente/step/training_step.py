@@ -155,7 +155,9 @@ def backward(
     started = time.perf_counter()
     if not isinstance(method, Method) or heads not in _HEADS or scale not in _SCALES or memory not in _MODES:
         _check_call(method, heads, scale, memory)
-    info, needs = info_of(method), method.needs_now()
+    workspace, needs = Memory.of(method), method.needs_now()
+    info = workspace.info or info_of(method)
+    workspace.info = info
     named = _NOTHING
     if features is not None or shared is not None or task_specific is not None or solve_on is not None:
         named = Named.read(features, shared, task_specific, solve_on)
@@ -179,7 +181,7 @@ def backward(
         refused=refused,
     )
     with full_precision():
-        step = prepare(losses, request, Memory.of(method), method.tasks)
+        step = prepare(losses, request, workspace, method.tasks)
         if step.memory.filled:
             withdraw(step.memory)
         try:
@@ -204,7 +206,7 @@ class _How:
 
     method: Method
     info: MethodInfo
-    heads: str
+    heads: Heads
     scale: Scale
     measure: bool
     extra: Sequence[Losses]
@@ -312,7 +314,7 @@ _NOT_FINITE = (
 )
 
 
-def _apply(taken: Taken, combination: Combination, heads: str, scale: Scale, message: str) -> None:
+def _apply(taken: Taken, combination: Combination, heads: Heads, scale: Scale, message: str) -> None:
     if combination.status == "refused":
         return
     weights = combination.weights
