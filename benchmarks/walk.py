@@ -103,6 +103,8 @@ def _third(way: str) -> Walk:
     trunk, *heads = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2), torch.nn.Linear(8, 2)
     inputs, method = torch.randn(16, 4), detente.create("mgda")
 
+    records: list[detente.StepRecord] = []
+
     def step() -> None:
         for parameter in (p for module in (trunk, *heads) for p in module.parameters()):
             parameter.grad = None
@@ -113,12 +115,13 @@ def _third(way: str) -> Walk:
             read = given["features"] = detente.branch(z, ("left", "right"))  # type: ignore[attr-defined]
         pairs = zip(("left", "right"), heads, (0.0, 1.0), strict=True)
         losses = {name: (head(read[name]) - goal).square().mean() for name, head, goal in pairs}
-        record = detente.backward(losses, method, **given)
-        assert record.accepted and trunk.weight.grad is not None
+        records.append(detente.backward(losses, method, **given))
 
     step()
     step()
-    return entered(step, Path(detente.__file__).parent)
+    walked = entered(step, Path(detente.__file__).parent)
+    assert all(record.accepted for record in records) and trunk.weight.grad is not None
+    return walked
 
 
 # ---- lines
