@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -159,18 +159,35 @@ def _at_once(
     used = [False] * count
     own: list[Gradients] = []
     direct: list[Gradients] = []
-    row = 0
+    inside = frozenset(step.inside)
+    rows: list[list[torch.Tensor | None]] = []
     for task, name in enumerate(step.names):
         parts = [next(found) if part.requires_grad else None for part in branches.parts(name)]
         parts = parts or [None] * count
         used = [before or gradient is not None for before, gradient in zip(used, parts, strict=True)]
-        if task in step.inside:
-            layout.write(jacobian[row], parts)
-            row += 1
+        if task in inside:
+            rows.append(parts)
         direct.append(present(past[task], islice(found, len(past[task]))))
         own.append(present(roles.own[task], islice(found, len(roles.own[task]))))
+    alike = [parts[0].reshape(-1) for parts in rows if _plain(parts, jacobian)]
+    if len(alike) == len(rows):
+        torch.stack(alike, out=jacobian)  # one call for all
+    else:
+        for row, parts in enumerate(rows):
+            layout.write(jacobian[row], parts)
     step.recomputation.next()
     return used, tuple(own), tuple(direct)
+
+
+def _plain(parts: Sequence[torch.Tensor | None], like: torch.Tensor) -> TypeGuard[Sequence[torch.Tensor]]:
+    """Return whether a task's gradient is one dense tensor of the Jacobian's type."""
+    one = parts[0] if len(parts) == 1 else None
+    return (
+        one is not None
+        and one.layout is torch.strided
+        and one.dtype == like.dtype
+        and one.device == like.device
+    )
 
 
 def _past(step: Step, task: int) -> list[torch.Tensor]:

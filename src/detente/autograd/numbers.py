@@ -23,6 +23,8 @@ _CHUNK_ENTRIES_ON_DEVICE = 1 << 25
 # The product of a few long rows is read faster in pieces of this many columns than as one skinny matrix product.
 _PIECE = 1024
 _FEW_TASKS = 8
+# From here on products below the diagonal are worth leaving out: four blocks of rows take five eighths of them.
+_MANY_TASKS = 64
 
 
 class GradientNotFinite(ValueError):
@@ -85,7 +87,7 @@ def to_host(parts: Sequence[Part]) -> list[np.ndarray]:
 
 
 def gramian(jacobian: torch.Tensor) -> torch.Tensor:
-    """The T×T matrix of inner products of the rows of ``jacobian`` [T, P], in float64 on its device.
+    """Return the T×T matrix of inner products of the rows of ``jacobian`` [T, P], in float64 on its device.
 
     Rows in float32 (or shorter) are converted before they are multiplied: their products overflow float32 above
     1e19 and lose the small tasks beside the large ones.
@@ -101,7 +103,7 @@ def gramian(jacobian: torch.Tensor) -> torch.Tensor:
         rows = jacobian.to(torch.float64)
         return rows @ rows.T
     width = max(1, width // _PIECE) * _PIECE
-    total = torch.zeros(tasks, tasks, dtype=torch.float64, device=jacobian.device)
+    total, step = torch.zeros(tasks, tasks, dtype=torch.float64, device=jacobian.device), -(-tasks // 4)
     buffer = torch.empty(tasks, width, dtype=torch.float64, device=jacobian.device)
     for start in range(0, columns, width):
         piece = jacobian[:, start : start + width]
@@ -110,8 +112,15 @@ def gramian(jacobian: torch.Tensor) -> torch.Tensor:
         if tasks <= _FEW_TASKS and chunk.shape[1] % _PIECE == 0:
             pieces = chunk.view(tasks, -1, _PIECE).transpose(0, 1)
             total += torch.bmm(pieces, pieces.transpose(1, 2)).sum(dim=0)
-        else:
+        elif tasks < _MANY_TASKS:
             total.addmm_(chunk, chunk.T)
+        else:
+            for low in range(0, tasks, step):
+                high = min(low + step, tasks)
+                total[low:high, :high].addmm_(chunk[low:high], chunk[:high].T)
+    if tasks >= _MANY_TASKS:
+        upper = torch.triu_indices(tasks, tasks, offset=1, device=total.device)
+        total[upper[0], upper[1]] = total[upper[1], upper[0]]
     return total
 
 
