@@ -113,8 +113,9 @@ def root_of(cosines: Array) -> Root:
         pass
     values, vectors = np.linalg.eigh(cosines)
     kept = values > 8 * tasks * EPS * values[-1]
-    root = Root(np.sqrt(values[kept])[:, None] * vectors[:, kept].T, False, nothing, np.zeros((0, 0)))
-    return _split(root)
+    matrix = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    matrix[:, cosines.diagonal() == 0] = 0.0  # rounding would be a column like any other
+    return _split(Root(matrix, False, nothing, np.zeros((len(matrix), 0))))
 
 
 def _split(root: Root) -> Root:
@@ -124,20 +125,38 @@ def _split(root: Root) -> Root:
     lengths = np.linalg.norm(matrix, axis=0)
     remaining, apart = lengths > floor, np.zeros(matrix.shape[1], dtype=bool)
     while remaining.any():
-        # In this unit a combination is shorter than can be told if its length is less than its sum.
-        rest = (root._across(matrix[:, remaining]) if root.span.size else matrix[:, remaining]) / floor
-        stacked = np.vstack([rest, np.ones(rest.shape[1])])
-        shares = _nonnegative(stacked, _last(len(stacked)))
-        if np.linalg.norm(rest @ shares) > shares.sum():
+        columns = np.flatnonzero(remaining)
+        members = _cancelling(root._across(matrix[:, columns]) / floor)
+        if not len(members):
             break
-        # Shares below the floor change the combination by less than can be told.
-        apart[np.flatnonzero(remaining)[shares > floor * shares.sum()]] = True
-        left, singular, _ = np.linalg.svd(matrix[:, apart], full_matrices=False)
-        root = replace(root, span=left[:, singular > floor * singular[0]])
+        members = columns[members]
+        apart[members] = True
+        # They are one more than the dimensions they span.
+        left, singular, _ = np.linalg.svd(root._across(matrix[:, members]), full_matrices=False)
+        spanned = left[:, : len(members) - 1][:, singular[: len(members) - 1] > floor * singular[0]]
+        root = replace(root, span=np.hstack([root.span, spanned]))
         inside = np.linalg.norm(root._across(matrix), axis=0) <= floor
         apart |= inside & (lengths > floor)
         remaining &= ~apart
     return replace(root, cancelling=apart)
+
+
+def _cancelling(columns: Array) -> NDArray[np.intp]:
+    """Columns of which a positive combination is shorter than its sum, none of them to spare; empty without any."""
+
+    def shares_of(some: Array) -> Array:
+        stacked = np.vstack([some, np.ones(some.shape[1])])
+        shares = _nonnegative(stacked, _last(len(stacked)))
+        return shares if np.linalg.norm(some @ shares) <= shares.sum() else np.zeros_like(shares)
+
+    shares = shares_of(columns)
+    members = np.flatnonzero(shares)
+    # A column that the others can do without may only correct what cannot be told.
+    for column in members[np.argsort(shares[members])]:
+        others = members[members != column]
+        if len(others) > 1 and shares_of(columns[:, others]).any():
+            members = others
+    return members
 
 
 def independent(cosines: Array) -> bool:
