@@ -15,7 +15,7 @@ from laws.given import subject
 
 from detente import Combination, Declaration, Method, TaskGradients
 from detente.methods import describe
-from detente.methods.base import Preference, one_of
+from detente.methods.options import Preference, one_of
 
 GRAMIAN = frozenset({"gramian"})
 

@@ -12,7 +12,8 @@ import torch
 
 import detente
 from detente import Combination, Declaration, Method, TaskGradients
-from detente.methods.base import check_names, check_preference, one_of, positional, weight_by_name
+from detente.methods.base import check_names, positional
+from detente.methods.options import check_preference, one_of, weight_by_name
 
 
 class Ledger(Method):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar, Self, final
 
 import numpy as np
@@ -16,14 +17,7 @@ import torch
 from torch import nn
 
 from detente.geometry.gramian import one_thread
-from detente.methods.arguments import (
-    Preference,
-    check_names,
-    check_preference,
-    positional,
-    weight_by_name,
-)
-from detente.methods.options import one_of, whole_or_none
+from detente.methods.options import Preference, check_preference, one_of, weight_by_name, whole_or_none
 from detente.values import Combination, Declaration, TaskGradients
 
 __all__ = [
@@ -31,11 +25,39 @@ __all__ = [
     "Method",
     "Preference",
     "check_names",
-    "check_preference",
     "one_of",
     "positional",
-    "weight_by_name",
 ]
+
+
+@cache
+def positional(tasks: int) -> tuple[str, ...]:
+    """Name unnamed tasks by their positions.
+
+    Example:
+        >>> positional(2)
+        ('0', '1')
+    """
+    return tuple(str(position) for position in range(tasks))
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names as a tuple.
+
+    Raises:
+        ValueError: there are none, or one occurs twice.
+
+    Example:
+        >>> check_names(["left", "right"])
+        ('left', 'right')
+    """
+    names = tuple(str(name) for name in names)
+    if not names:
+        raise ValueError("no tasks: give at least one task name or loss.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"task {twice!r} occurs twice; task names must differ.")
+    return names
 
 
 class Method(nn.Module, ABC):

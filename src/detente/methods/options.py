@@ -1,16 +1,18 @@
-"""Check options: one of some choices, a number in a range, a whole number. No method lives here."""
+"""Check options: one of some choices, a number in a range, numbers by task. No method lives here."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 Choice = TypeVar("Choice")
+Preference = Mapping[str, float] | Sequence[float] | None
+ByTask = dict[str, float] | tuple[float, ...]
 
 
 class NotANumber(TypeError, ValueError):
@@ -114,6 +116,85 @@ def whole_or_none(option: str, value: Any, *, least: int | None = None) -> int |
         True
     """
     return None if value is None else whole(option, value, least=least)
+
+
+def by_task(option: str, values: Mapping[str, Any] | Sequence[Any], *, least: float | None = None) -> ByTask:
+    """Return one finite number >= ``least`` for each task, by name or by position, copied.
+
+    Raises:
+        ValueError: a number is out of range; the option and the task are named.
+        TypeError: it is neither a mapping nor a sequence, or holds something that is no number; named alike.
+
+    Example:
+        >>> by_task("epsilon", {"left": 0.1, "right": -0.1}, least=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: option epsilon of task 'right' is -0.1; give a finite number >= 0.
+    """
+    if isinstance(values, Mapping):
+        named = {str(name): value for name, value in values.items()}
+        return {
+            name: number(f"{option} of task {name!r}", value, least=least) for name, value in named.items()
+        }
+    one_axis = isinstance(values, np.ndarray | torch.Tensor) and values.ndim == 1
+    if not one_axis and (not isinstance(values, Sequence) or isinstance(values, str | bytes)):
+        raise TypeError(
+            f"option {option} is {values!r}; give one number for each task, as a mapping by name or a sequence by "
+            "position."
+        )
+    return tuple(
+        number(f"{option} of task '{place}'", value, least=least) for place, value in enumerate(values)
+    )
+
+
+def check_preference(option: str, values: Preference) -> ByTask | None:
+    """Return non-negative finite numbers by task, not all zero, copied; None stays None.
+
+    Raises:
+        ValueError: a number is negative or not finite, or all are zero; the option is named.
+        TypeError: as :func:`by_task`.
+
+    Example:
+        >>> check_preference("preference", [1, 3])
+        (1.0, 3.0)
+    """
+    if values is None:
+        return None
+    checked = by_task(option, values, least=0)
+    if not any(checked.values() if isinstance(checked, dict) else checked):
+        raise ValueError(f"{option} is zero for every task; at least one must be positive.")
+    return checked
+
+
+def weight_by_name(
+    values: Mapping[str, float] | Sequence[float] | None, names: Sequence[str], option: str
+) -> np.ndarray | None:
+    """Return ``values`` as float64 [len(names)] in the order of ``names``; None stays None.
+
+    Raises:
+        ValueError: a task has no value, a value has no task, or the count differs.
+
+    Example:
+        >>> weight_by_name({"a": 1.0, "b": 2.0}, ("b", "a"), "preference")
+        array([2., 1.])
+    """
+    if values is None:
+        return None
+    if isinstance(values, Mapping):
+        missing = [name for name in names if name not in values]
+        unknown = [name for name in values if name not in names]
+        if missing:
+            raise ValueError(
+                f"{option} names no value for task {missing[0]!r}; it names {', '.join(values)}."
+            )
+        if unknown:
+            raise ValueError(
+                f"{option} names the unknown task {unknown[0]!r}; the tasks are {', '.join(names)}."
+            )
+        return np.array([values[name] for name in names], dtype=np.float64)
+    if len(values) != len(names):
+        raise ValueError(f"{option} has {len(values)} values for {len(names)} tasks ({', '.join(names)}).")
+    return np.array(values, dtype=np.float64)
 
 
 def is_number(value: Any) -> bool:

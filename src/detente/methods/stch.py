@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from detente.geometry.softmax import softmax
-from detente.methods.base import Declaration, Method, Preference, weight_by_name
+from detente.methods.base import Declaration, Method, Preference
 from detente.methods.checks import positive_losses
-from detente.methods.options import number, one_of, whole, whole_or_none
+from detente.methods.options import by_task, number, one_of, weight_by_name, whole, whole_or_none
 from detente.methods.registry import register
 from detente.values import Combination, TaskGradients
 
@@ -96,12 +96,7 @@ class STCH(Method):
             raise ValueError(
                 "option ideal belongs to form='plain'; form='log' finds its nadir in the warm-up."
             )
-        if isinstance(ideal, Mapping):
-            self.ideal: dict[str, float] | tuple[float, ...] | None = {
-                str(name): number(f"ideal of task {name!r}", value) for name, value in ideal.items()
-            }
-        else:
-            self.ideal = None if ideal is None else tuple(number("ideal", value) for value in ideal)
+        self.ideal = None if ideal is None else by_task("ideal", ideal)
 
     def allocate(self, tasks: int) -> None:
         """This epoch's sum and count per task, the nadir (0 until it is known), epochs and steps so far."""

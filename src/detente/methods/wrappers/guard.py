@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from detente.methods.base import Method, weight_by_name
+from detente.methods.base import Method
 from detente.methods.checks import Array
-from detente.methods.options import is_number, number, one_of, whole_or_none
+from detente.methods.options import ByTask, by_task, number, one_of, weight_by_name, whole_or_none
 from detente.methods.wrappers.base import Wrapper, register_wrapper
 from detente.values import Combination, TaskGradients
 
@@ -290,71 +290,28 @@ class Inexact(Guard):
         epoch_steps: int | None = None,
     ) -> None:
         super().__init__(method, refuse=refuse, epoch_steps=epoch_steps)
-        self.epsilon = check_bounds("epsilon", epsilon)
-        if not isinstance(self.epsilon, float):
-            self._preference = self.epsilon
+        self.epsilon: float | ByTask
+        if isinstance(epsilon, Mapping | Sequence) or getattr(epsilon, "ndim", 0) == 1:
+            several: Any = epsilon  # also an array or a tensor of one dimension
+            self.epsilon = self._preference = by_task("epsilon", several, least=0)
+        else:
+            self.epsilon = number("epsilon", epsilon, least=0)
+        given = self.epsilon.values() if isinstance(self.epsilon, dict) else np.atleast_1d(self.epsilon)
         inner = self.method.declares
         self.derive(
             nonconflict=True,
-            homogeneity=None if np.any(self._bounds_of(None) > 0) else inner.homogeneity,
+            homogeneity=None if any(bound > 0 for bound in given) else inner.homogeneity,
             stationary=None if refuse == "shared" else inner.stationary,
         )
 
     def bounds(self, gradients: TaskGradients) -> tuple[Array, tuple[str, ...]]:
         """Return the given bounds."""
-        return self._bounds_of(gradients.names), ()
-
-    def _bounds_of(self, names: Sequence[str] | None) -> Array:
         if isinstance(self.epsilon, float):
-            return np.full(1 if names is None else len(names), self.epsilon)
-        if names is None:
-            values = self.epsilon.values() if isinstance(self.epsilon, Mapping) else self.epsilon
-            return np.array(list(values))
+            return np.full(gradients.tasks, self.epsilon), ()
         assert self.tasks is not None
         everyone = weight_by_name(self.epsilon, self.tasks, "epsilon")
         assert everyone is not None
-        return np.asarray(everyone[self.positions(names)])
-
-
-# ---- checks
-
-
-def check_bounds(option: str, value: Bounds) -> float | dict[str, float] | tuple[float, ...]:
-    """Check a finite number >= 0, or a mapping or sequence of such, and copy it.
-
-    Raises:
-        ValueError: one is negative or not finite; the option, and the task by name or position, is named.
-        TypeError: it is none of these, or holds something that is no number; named alike.
-
-    Example:
-        >>> check_bounds("epsilon", {"left": 0.1, "right": -0.1})
-        Traceback (most recent call last):
-        ...
-        ValueError: epsilon of task 'right' is -0.1; it must be a finite number >= 0.
-    """
-    if isinstance(value, Mapping):
-        return {str(name): _bound(f"{option} of task {str(name)!r}", bound) for name, bound in value.items()}
-    several: Any = value  # also an array or a tensor of one dimension
-    listed = isinstance(several, np.ndarray | torch.Tensor) and several.ndim == 1
-    if listed or (isinstance(several, Sequence) and not isinstance(several, str | bytes)):
-        return tuple(
-            _bound(f"{option} of task '{position}'", bound) for position, bound in enumerate(several)
-        )
-    if not is_number(value):
-        raise TypeError(
-            f"option {option} is {value!r}; give a finite number >= 0, or one for each task, as a mapping by name or a "
-            "sequence by position."
-        )
-    return number(option, float(several), least=0)
-
-
-def _bound(what: str, value: Any) -> float:
-    if not is_number(value):
-        raise TypeError(f"{what} is {value!r}; it must be a finite number >= 0.")
-    bound = float(value)
-    if not (np.isfinite(bound) and bound >= 0):
-        raise ValueError(f"{what} is {bound}; it must be a finite number >= 0.")
-    return bound
+        return np.asarray(everyone[self.positions(gradients.names)]), ()
 
 
 def _share(refused: torch.Tensor, steps: torch.Tensor) -> float | None:

@@ -110,33 +110,29 @@ class PerBlock(Wrapper):
         blocks = _split(gradients, starts, "jacobian" in self.method.declares.needs)
         names = gradients.block_names or tuple(map(str, range(len(layers))))
         results = self._results(blocks, [names[start] for start in starts])
-        refused = [result for result in results if result.status == "refused"]
-        notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
+        statuses = [result.status for result in results]
+        refused = statuses.count("refused")
+        notes = [note for result in results for note in result.notes]
         if refused:
-            notes = (*notes, f"refused in {len(refused)} of {len(results)} blocks")
+            notes.append(f"refused in {refused} of {len(results)} blocks")
+        moves = "refused" if refused == len(results) else "ok"
         whole = Combination(
-            status="refused" if len(refused) == len(results) else _status(results),
+            status=moves if moves in statuses else "stationary",
             dropped=tuple(dict.fromkeys(name for result in results for name in result.dropped)),
-            notes=notes,
+            notes=tuple(dict.fromkeys(notes)),
             residual=max((r.residual for r in results if r.residual is not None), default=None),
         )
-        everyone_refused = whole.status == "refused"
-        still = [
-            r.status == "stationary" or (r.status == "refused" and not everyone_refused) for r in results
-        ]
         if self.declares.gives == "direction":
             assert gradients.jacobian is not None
             pieces = [
                 result.direction
-                if result.direction is not None and not idle
+                if result.direction is not None and result.status == moves
                 else gradients.jacobian.new_zeros(width)
-                for result, idle, width in zip(
-                    results, still, _sums(gradients.block_sizes, starts), strict=True
-                )
+                for result, width in zip(results, _sums(gradients.block_sizes, starts), strict=True)
             ]
             return replace(whole, direction=torch.cat(pieces))
         weights = np.stack([self.weights_of(result, gradients)[:, 0] for result in results])
-        weights[still] = 0.0
+        weights[[status != moves for status in statuses]] = 0.0
         repeats = np.diff([*starts, len(layers)])
         return replace(whole, block_weights=torch.from_numpy(np.repeat(weights, repeats, axis=0)))
 
@@ -188,10 +184,6 @@ def _means(told: list[dict[str, Any]]) -> dict[str, float | None]:
         if len(known) + values.count(None) == len(values):
             means[key] = sum(map(float, known)) / len(known) if known else None
     return means
-
-
-def _status(results: list[Combination]) -> Literal["ok", "stationary"]:
-    return "ok" if any(result.status == "ok" for result in results) else "stationary"
 
 
 def _sums(sizes: Sequence[int], starts: list[int]) -> list[int]:
