@@ -30,7 +30,7 @@ def _remembers(name: str) -> bool:
     method = detente.create(name)
     if "jacobian" in method.declares.needs:
         detente.backward(Net().losses(), method)
-    return method.columns is not None
+    return method.column_layout is not None
 
 
 REMEMBERING = [name for name in detente.methods() if _remembers(name)]
@@ -73,7 +73,7 @@ def test_a_loaded_state_goes_on() -> None:
     for _ in range(2):
         detente.backward(net.losses(), method)
     state = method.state_dict()
-    assert "columns" not in state
+    assert "column_layout" not in state
     going, loaded = detente.create("moco"), detente.create("moco")
     for one in (going, loaded):
         one.load_state_dict(state)

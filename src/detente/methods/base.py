@@ -90,7 +90,7 @@ class Method(nn.Module, ABC):
         Declaration  # of the class; of the instance where an option or a wrapped method changes what holds
     )
     generator: torch.Generator | None
-    columns: torch.Tensor | None
+    column_layout: torch.Tensor | None
     _preference_option: ClassVar[str] = "preference"  # what the option is called in messages
 
     def __init__(self, *, preference: Preference = None, seed: int | None = None) -> None:
@@ -103,7 +103,7 @@ class Method(nn.Module, ABC):
         seed = whole_or_none("seed", seed)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         # Which parameters the columns of a state of their size belong to; of this process alone, so never saved.
-        self.register_buffer("columns", None, persistent=False)
+        self.register_buffer("column_layout", None, persistent=False)
 
     # ---- what an author writes
 
@@ -280,7 +280,7 @@ class Method(nn.Module, ABC):
         if saved is not None:
             self.bind(saved)
         self.awaited = None if saved is None else tuple(saved)
-        self._buffers["columns"] = None
+        self._buffers["column_layout"] = None
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
             if loaded is not None and (buffer is None or buffer.shape != loaded.shape):

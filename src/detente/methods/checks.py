@@ -164,7 +164,7 @@ def sized(
     """Return a [tasks, P] state in the order of the Jacobian's columns, or zeros where there is none yet.
 
     The state goes with the parameters, not with their places: where another order of the parameters, or more or fewer
-    of them, is given than last time (``method.columns``, see :func:`layout_of`), the columns follow, and those of new
+    of them, is given than last time (``method.column_layout``, see :func:`layout_of`), the columns follow, and those of new
     parameters are zero.
 
     Args:
@@ -184,7 +184,7 @@ def sized(
     assert method.tasks is not None
     if state is None:
         return jacobian.new_zeros(len(method.tasks), jacobian.shape[1])
-    known, now = method._buffers.get("columns"), layout_of(gradients)
+    known, now = method._buffers.get("column_layout"), layout_of(gradients)
     if known is not None and now is not None and not torch.equal(known, now):
         return _reordered(state, known, now).to(jacobian)
     if state.shape[1] != jacobian.shape[1]:

@@ -86,7 +86,7 @@ class DBMTL(Method):
         check_range(self, gradients, norms)
         factors = np.divide(norms.max(), norms, out=np.zeros(len(norms)), where=norms > 0)
         self.means = means if rows is None else known.index_copy(0, rows, means)
-        self.columns = layout_of(gradients)
+        self.column_layout = layout_of(gradients)
         steps[at] += 1
         if not norms.any():
             return Combination(direction=jacobian.new_zeros(jacobian.shape[1]), status="stationary")

@@ -90,5 +90,5 @@ class ExcessMTL(Method):
         log_weights[at] += self.lr * np.divide(excess, start, out=np.zeros(len(at)), where=start > 0)
         first[at] = start
         self.roots = roots if rows is None else known.index_copy(0, rows, roots)
-        self.columns = layout_of(gradients)
+        self.column_layout = layout_of(gradients)
         return Combination(weights=torch.from_numpy(gradients.tasks * softmax(log_weights[at])))

@@ -116,7 +116,7 @@ class MoCo(Method):
         gamma = self.gamma / float(steps.max()) ** self.gamma_decay
         weights = simplex_step(self.weights.numpy()[at], products / (size or 1.0), gamma, self.rho)
         self.tracked = means if everyone else tracked.index_copy(0, place, means)
-        self.columns = layout_of(gradients)
+        self.column_layout = layout_of(gradients)
         self.steps.numpy()[at] = steps
         self.weights.numpy()[at] = weights
         if not products.any():

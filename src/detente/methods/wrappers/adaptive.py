@@ -215,7 +215,7 @@ class Adaptive(Guard):
             moved, distances = follow(mean[place], variance[place], jacobian, share)
             self.mean = mean.index_copy(0, place, moved)
             self.variance = variance.index_copy(0, place, distances)
-        self.columns = layout_of(gradients)
+        self.column_layout = layout_of(gradients)
         self.samples = self.samples.index_copy(0, host, torch.from_numpy(samples))
 
     def epoch_ended(self) -> None:
