@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from detente.autograd.evidence import settle
 from detente.autograd.graph import gradient_edge
 from detente.autograd.layout import Gradients, Layout, gradients_of, lay, present, seeds_of
 from detente.autograd.numbers import block_gramians, gramian
 from detente.autograd.ranks import Ranks
-from detente.autograd.roles import Roles, settle
+from detente.autograd.roles import Roles
 from detente.autograd.step import Step
 
 # Entries of a leaf from which on its gradient is handed over as it comes. A smaller one is not worth the call.

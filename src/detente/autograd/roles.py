@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from detente.autograd.branches import Branches, is_branch
-from detente.autograd.graph import Edge, Walk, beside, gradient_edge, walk
+from detente.autograd.evidence import left_open
+from detente.autograd.graph import Walk, beside, walk
 from detente.autograd.ranks import Ranks
 from detente.values import MethodInfo, Space
 
@@ -245,7 +245,9 @@ def find_roles(
     mode: str = "fast",
     part: bool = False,
 ) -> Roles:
-    """Find out who owns what.
+    """Find out who owns what, where the problem is solved on parameters.
+
+    On a representation see :func:`~detente.autograd.feature_roles.roles_on_features`.
 
     Named parameters take precedence over discovery: with only ``shared`` named everything else a loss reaches is
     its own, with only ``task_specific`` named everything else is shared, with both named nothing else is touched.
@@ -259,14 +261,12 @@ def find_roles(
 
     Raises:
         ValueError: no loss reaches any of the named shared parameters, a parameter to solve on is not shared, the
-            representation carries no graph or a loss reads another, the graph leaves open what is shared where no
-            gradients can tell, or a method that was loaded lacks a task where shared parameters are discovered.
+            graph leaves open what is shared where no gradients can tell, or a method that was loaded lacks a task where
+            shared parameters are discovered.
     """
     discovering = named.shared is None and named.task_specific is None
     if discovering and memory.awaited is not None:
         memory.check_awaited(names, losses)
-    if named.features is not None:
-        return _on_features(names, losses, named, memory, part=part)
     seen = walk(losses)
     leaves = seen.leaves
     chosen: Sequence[torch.Tensor]
@@ -276,9 +276,9 @@ def find_roles(
         chosen, open_ones, left_out = _discover(losses, seen, memory)
         if open_ones and (mode == "low" or named.solve_on is not None):
             option = "solve_on=" if named.solve_on is not None else "memory='low'"
-            raise ValueError(_open(open_ones, f"{option} takes no gradients that could"))
+            raise ValueError(left_open(open_ones, f"{option} takes no gradients that could"))
     else:
-        _check_no_branch(leaves)
+        check_no_branch(leaves)
         chosen = _chosen(named, leaves)
         if named.shared is not None and not part and leaves and not any(leaf in leaves for leaf in chosen):
             check_reached(chosen)
@@ -296,9 +296,9 @@ def find_roles(
     candidates = leaves if named.task_specific is None else named.task_specific
     for leaf in candidates:
         if leaf not in taken and leaf in leaves:
-            _hand_out(lists, leaf, leaves[leaf])
+            hand_out(lists, leaf, leaves[leaf])
     for leaf in left_out:
-        _hand_out(lists, leaf, leaves[leaf])
+        hand_out(lists, leaf, leaves[leaf])
     reached, tasks, certain = [], 0, 0
     for leaf in columns:
         mask = leaves.get(leaf, 0)
@@ -331,7 +331,7 @@ def _chosen(named: Named, leaves: Mapping[torch.Tensor, int]) -> list[torch.Tens
     return [leaf for leaf in leaves if leaf not in apart]
 
 
-def _hand_out(lists: list[list[torch.Tensor]], leaf: torch.Tensor, mask: int) -> None:
+def hand_out(lists: list[list[torch.Tensor]], leaf: torch.Tensor, mask: int) -> None:
     """Add a leaf to the list of every task in a bit mask."""
     while mask:
         lowest = mask & -mask
@@ -351,7 +351,7 @@ def _discover(
         if not parameter:
             inputs = True
             if is_branch(leaf):
-                _check_no_branch(seen.leaves)
+                check_no_branch(seen.leaves)
         if mask & (mask - 1):
             (met if parameter else others).append(leaf)
     differentiated = inputs and bool(met)
@@ -391,203 +391,7 @@ def _forgotten(
     return list(found.values())
 
 
-def settle(
-    roles: Roles, names: Sequence[str], blocks: np.ndarray, alive: np.ndarray, memory: Memory
-) -> np.ndarray:
-    """Decide by the gradients which of the parameters left open are shared.
-
-    A head's gradient under another task's loss is exactly zero. A parameter seen non-zero under two tasks is shared,
-    from then on. A zero is evidence only where the task's loss had a gradient at all.
-
-    Args:
-        roles: with ``unsure`` parameters.
-        names: of the T tasks with rows.
-        blocks: [unsure, T] squared lengths of each task's gradient of each such parameter.
-        alive: [T] True where a task's gradient is not zero everywhere.
-        memory: what was seen before.
-
-    Returns:
-        [unsure] for each such parameter -1 if it is shared, else the row of the task whose own it is (any row, if its
-        gradient vanishes under every task).
-
-    Raises:
-        ValueError: a task without any gradient in this step has never had one, so that what is shared cannot be told.
-    """
-    found = np.zeros(len(blocks), dtype=np.int64)
-    first = len(roles.shared) - roles.unsure
-    shared: list[torch.Tensor] = []
-    doubtful: list[torch.Tensor] = []
-    fresh: list[tuple[torch.Tensor, tuple[frozenset[str], frozenset[str]]]] = []
-    for place, sizes in enumerate(blocks):
-        leaf, mask = roles.shared[first + place], roles.reached[first + place]
-        moved, told = memory.evidence.get(leaf, (frozenset(), frozenset()))
-        moved |= {name for name, size in zip(names, sizes, strict=True) if size > 0}
-        told |= {name for name, one in zip(names, alive, strict=True) if one}
-        fresh.append((leaf, (moved, told)))
-        if len(moved) > 1:
-            found[place] = -1
-            shared.append(leaf)
-            continue
-        if sizes.any():
-            found[place] = int(np.argmax(sizes > 0))
-        reaching = {name for row, name in enumerate(names) if mask >> row & 1}
-        if moved and not reaching <= told:
-            doubtful.append(leaf)
-    if doubtful:
-        raise ValueError(_open(doubtful, "a task's gradient is zero everywhere in this first step"))
-    for leaf, evidence in fresh:
-        memory.evidence[leaf] = evidence
-    memory.remember(shared)
-    return found
-
-
-def _on_features(
-    names: Sequence[str], losses: Sequence[torch.Tensor], named: Named, memory: Memory, *, part: bool
-) -> Roles:
-    """Find the encoder behind the features and what the heads reach past it.
-
-    Parameters behind the features are shared, and so are parameters that two or more losses reach past them; the
-    others are own. Named parameters restrict both. A parameter behind the features cannot be a task's own: the one
-    backward through the encoder does not tell tasks apart.
-    """
-    assert named.features is not None
-    features, tasks = named.features, len(losses)
-    for position, feature in enumerate(features):
-        if not feature.requires_grad:
-            raise ValueError(
-                f"features[{position}] carries no graph: the encoder is frozen, or ran under torch.no_grad(). "
-                "Without features= the shared parameters are found from the losses."
-            )
-    edges = [gradient_edge(feature) for feature in features]
-    read = edges if named.branches is None else named.branches.edges()
-    heads = walk(losses, read)
-    _check_no_branch(heads.leaves)
-    behind = [
-        walk([feature], [other for other in edges if other != edge])
-        for feature, edge in zip(features, edges, strict=True)
-    ]
-    encoder = list(dict.fromkeys(leaf for found in behind for leaf in found.leaves))
-    if any(is_branch(leaf) for leaf in encoder):
-        raise ValueError(
-            "features= was computed from detente.branch(), and gradients end at the branches. Branch a representation "
-            "once, where the heads read it."
-        )
-    inside = set(encoder)
-    past, left_out = heads.leaves, []
-    met = [leaf for leaf, mask in past.items() if mask & (mask - 1)]
-    if named.shared is not None:
-        chosen = set(trainable(named.shared))
-        if chosen and past and not chosen & (inside | set(past)):
-            check_reached(list(chosen))
-    elif named.task_specific is not None:
-        chosen = (inside | set(past)) - set(named.task_specific)
-    else:
-        known = {id(leaf) for leaf in memory.shared()}
-        open_ones = [
-            leaf for leaf in met if leaf in heads.unsure and leaf not in inside and id(leaf) not in known
-        ]
-        if open_ones:
-            raise ValueError(_open(open_ones, "with features= the heads' parameters take no task gradients"))
-        found = list(dict.fromkeys([*encoder, *met]))
-        if any(isinstance(leaf, nn.Parameter) for leaf in found):
-            left_out = [leaf for leaf in found if not isinstance(leaf, nn.Parameter)]
-            found = [leaf for leaf in found if isinstance(leaf, nn.Parameter)]
-        memory.remember(found)
-        chosen = set(memory.shared())
-    _check_reads(names, losses, heads, chosen, named)
-    if not part and not heads.stops:
-        raise ValueError(
-            f"no loss (of tasks {', '.join(names)}) depends on features=. Compute the losses from the tensors you "
-            "pass, or leave features= out."
-        )
-    candidates = inside | set(past) if named.task_specific is None else set(named.task_specific)
-    apart = candidates - chosen - set(left_out)
-    misplaced = [leaf for leaf in encoder if leaf in apart]
-    if misplaced:
-        raise ValueError(
-            f"{len(misplaced)} parameters behind features= (the first has shape {tuple(misplaced[0].shape)}) would be "
-            "a task's own, but one backward through the encoder serves all tasks. Name them in shared=, leave "
-            "features= out, or name both shared= and task_specific= without them to leave them untouched."
-        )
-    everyone = (1 << tasks) - 1
-    depending = sum(1 << task for task in range(tasks) if _depends(heads, task))
-    masks = {leaf: depending or everyone for leaf in encoder if leaf in chosen}
-    for leaf, mask in past.items():
-        if leaf in chosen:
-            masks[leaf] = masks.get(leaf, 0) | mask
-    lists: list[list[torch.Tensor]] = [[] for _ in losses]
-    spared = set(left_out)
-    for leaf, mask in past.items():
-        if leaf in apart or leaf in spared:
-            _hand_out(lists, leaf, mask)
-    reaching = 0
-    for mask in masks.values():
-        reaching |= mask
-    return Roles(
-        "features",
-        reaching,
-        tuple(masks),
-        tuple(masks.values()),
-        tuple(map(tuple, lists)),
-        on=features,
-        certain=heads.certain if heads.unsure else -1,
-        left_out=tuple(left_out),
-        encoder=tuple(leaf for leaf in encoder if leaf in chosen),
-        past=tuple((leaf, mask) for leaf, mask in past.items() if leaf in chosen),
-        stopped=any(found.stops for found in behind)
-        or (named.branches is None and any(leaf in inside for leaf in past if leaf in chosen)),
-        entwined=heads.overlap if named.branches is None else _cross(heads, named.branches, names),
-        apart=named.branches is None and tasks > 1 and _each_its_own(heads.stops),
-    )
-
-
-def _cross(heads: Walk, branches: Branches, names: Sequence[str]) -> bool:
-    """Return whether the heads behind branches have anything in common, or read another task's branch."""
-    if heads.overlap or any(mask & (mask - 1) for mask in heads.leaves.values()):
-        return True
-    mine = {
-        gradient_edge(part): 1 << task
-        for task, name in enumerate(names)
-        for part in branches.parts(name)
-        if part.requires_grad
-    }
-    return any(mask != mine.get(edge) for edge, mask in heads.stops.items())
-
-
-def _depends(heads: Walk, task: int) -> bool:
-    """Return whether a task's loss reaches a feature, or a branch of one."""
-    return any(mask >> task & 1 for mask in heads.stops.values())
-
-
-def _each_its_own(stops: Mapping[Edge, int]) -> bool:
-    """Return whether no feature serves two tasks."""
-    return bool(stops) and all(not mask & (mask - 1) for mask in stops.values())
-
-
-def _check_reads(
-    names: Sequence[str],
-    losses: Sequence[torch.Tensor],
-    heads: Walk,
-    shared: set[torch.Tensor],
-    named: Named,
-) -> None:
-    """Check that a loss that reaches shared parameters depends on the features.
-
-    Raises:
-        ValueError: one does not; the task is named.
-    """
-    told = "its branch" if named.branches is not None else "features="
-    for task, name in enumerate(names):
-        if not losses[task].requires_grad or _depends(heads, task):
-            continue
-        if any(mask >> task & 1 and leaf in shared for leaf, mask in heads.leaves.items()):
-            raise ValueError(
-                f"the loss of task {name!r} does not depend on {told}, but reaches shared parameters past it. Compute "
-                "it from the tensor you pass (not from a recomputed copy), or leave the task out of this step."
-            )
-
-
-def _check_no_branch(leaves: Iterable[torch.Tensor]) -> None:
+def check_no_branch(leaves: Iterable[torch.Tensor]) -> None:
     """Check that no loss ends at a branch other than those it was passed with: its gradient would end there.
 
     Raises:
@@ -613,15 +417,6 @@ def _check_layer(layer: Sequence[torch.Tensor], shared: Sequence[torch.Tensor]) 
                 f"parameter {position} of solve_on= (shape {tuple(tensor.shape)}) is not shared by the tasks; "
                 "name parameters that two or more losses reach, such as the last shared layer."
             )
-
-
-def _open(leaves: Sequence[torch.Tensor], why: str) -> str:
-    return (
-        f"{len(leaves)} parameters (the first has shape {tuple(leaves[0].shape)}) lie behind an operation that packs "
-        "several tasks into one tensor (a concatenation, a stack, a compiled or scripted model), so that the graph "
-        f"does not tell shared from task-specific ones, and {why}. Name the shared ones with shared=, or compute the "
-        "losses apart."
-    )
 
 
 def check_reached(chosen: Sequence[torch.Tensor]) -> None:

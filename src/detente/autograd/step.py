@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from detente.autograd.feature_roles import roles_on_features
 from detente.autograd.graph import Recomputation, walk
 from detente.autograd.losses import Losses, check_scalar
 from detente.autograd.ranks import ProcessGroup, Ranks, ranks_of
@@ -124,6 +125,8 @@ def prepare(losses: Losses, request: Request, memory: Memory, known: Sequence[st
         totals = tuple(examples[name] for name in names)
     if several:  # something may be sharded
         roles = _whole_roles(request, names, scalars, memory, part=False)
+    elif request.named.features is not None:
+        roles = roles_on_features(names, scalars, request.named, memory, part=False)
     else:
         roles = find_roles(names, scalars, request.named, memory, mode=request.mode)
     inside = tuple(range(len(names)))
@@ -278,7 +281,10 @@ def _whole_roles(
         check_whole(given or ())
     roles: Roles | None = None
     try:
-        roles = find_roles(names, losses, named, memory, mode=request.mode, part=part)
+        if named.features is not None:
+            roles = roles_on_features(names, losses, named, memory, part=part)
+        else:
+            roles = find_roles(names, losses, named, memory, mode=request.mode, part=part)
     finally:
         if roles is None or not roles.tasks:  # shards may be why: what is named is then not in the graph
             check_whole(walk(losses).leaves)

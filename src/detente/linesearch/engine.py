@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from detente.autograd.branches import Branches
+from detente.autograd.buffers import Buffers, read_buffers, write_buffers
 from detente.autograd.engine import Taken, full_precision, task_gradients
 from detente.autograd.features import FeaturesPass
 from detente.autograd.layout import Gradients
@@ -35,6 +36,7 @@ from detente.values import Combination, StepRecord, TaskGradients
 
 __all__ = [
     "Branches",
+    "Buffers",
     "Engine",
     "Gradients",
     "Losses",
@@ -45,8 +47,10 @@ __all__ = [
     "Solved",
     "as_tensors",
     "full_precision",
+    "read_buffers",
     "to_host",
     "undone_on_failure",
+    "write_buffers",
 ]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from detente.linesearch.closure import Closure, flat
-from detente.linesearch.engine import Losses
+from detente.linesearch.engine import Buffers, Losses, read_buffers, write_buffers
 
 RandomState = tuple[torch.Tensor, ...]
 
@@ -43,47 +43,6 @@ def same_random_state(first: RandomState, second: RandomState) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """Hold one module's buffers: the tensors themselves, None where a name is only reserved, and what they held."""
-
-    module: nn.Module
-    tensors: dict[str, torch.Tensor | None]
-    values: dict[str, torch.Tensor]
-
-
-def _read(module: nn.Module) -> _Buffers:
-    held = dict(module._buffers.items())  # of a scripted module it is no dict
-    values = {
-        name: buffer.detach().clone()
-        for name, buffer in held.items()
-        if buffer is not None and not torch.nn.parameter.is_lazy(buffer)
-    }
-    return _Buffers(module, held, values)
-
-
-def _write(saved: Sequence[_Buffers]) -> None:
-    tensors: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    for entry in saved:
-        held = entry.module._buffers
-        for name in [name for name in held.keys() if name not in entry.tensors]:  # noqa: SIM118, see _read
-            del held[name]
-        for name, tensor in entry.tensors.items():
-            if name not in held or held[name] is not tensor:
-                held[name] = tensor
-        for name, value in entry.values.items():
-            buffer = entry.tensors[name]
-            assert buffer is not None
-            tensors.append(buffer.data)
-            values.append(value)
-    if tensors:
-        # Through .data: a graph may hold the buffers, and a backward that comes later would refuse them once written
-        # to. It may read them too: put back what its forward pass left (`leave`) before walking the graph.
-        with torch.no_grad():
-            torch._foreach_copy_(tensors, values)
-
-
 class Frozen:
     """Hold random state and buffers at the start of a step, to go back to before every forward pass.
 
@@ -100,8 +59,8 @@ class Frozen:
         self.start = self.end = random_state()
         self._discover = discover
         self._known: set[nn.Module] = set()
-        self._before: list[_Buffers] = []
-        self._after: list[_Buffers] = []
+        self._before: list[Buffers] = []
+        self._after: list[Buffers] = []
         for module in modules:
             self._keep(module)
 
@@ -122,17 +81,17 @@ class Frozen:
         finally:
             if handle is not None:
                 handle.remove()
-        self._after = [_read(entry.module) for entry in self._before]
+        self._after = [read_buffers(entry.module) for entry in self._before]
         self.end = random_state()
 
     def rewind(self, state: RandomState | None = None) -> None:
         """Put back the buffers of the start, and the random state of the start, or the given one."""
-        _write(self._before)
+        write_buffers(self._before)
         set_random_state(self.start if state is None else state)
 
     def leave(self) -> None:
         """Put back the buffers that the pass that counts left, and the random state ``end``."""
-        _write(self._after)
+        write_buffers(self._after)
         set_random_state(self.end)
 
     def _keep(self, module: nn.Module) -> None:
@@ -141,7 +100,7 @@ class Frozen:
         for inner in module.modules():
             if inner not in self._known:
                 self._known.add(inner)
-                self._before.append(_read(inner))
+                self._before.append(read_buffers(inner))
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,8 @@ def sized(
     """Return a [tasks, P] state in the order of the Jacobian's columns, or zeros where there is none yet.
 
     The state goes with the parameters, not with their places: where another order of the parameters, or more or fewer
-    of them, is given than last time (``method.column_layout``, see :func:`layout_of`), the columns follow, and those of new
-    parameters are zero.
+    of them, is given than last time (``method.column_layout``, see :func:`layout_of`), the columns follow, and those of
+    new parameters are zero.
 
     Args:
         method: whose state it is.

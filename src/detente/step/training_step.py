@@ -15,12 +15,10 @@ from detente.autograd.accumulation import Accumulation
 from detente.autograd.branches import Branches
 from detente.autograd.engine import (
     Taken,
-    Weighted,
     full_precision,
     further_gradients,
     measured,
     task_gradients,
-    weighted_backward,
 )
 from detente.autograd.layout import Gradients, accumulate, finite, probes
 from detente.autograd.losses import Losses
@@ -28,12 +26,10 @@ from detente.autograd.numbers import (
     GradientNotFinite,
     check_behind,
     check_losses,
-    check_own,
-    check_weighted,
     to_host,
 )
 from detente.autograd.ranks import ProcessGroup
-from detente.autograd.reduction import Samples, losses_and_reached, losses_of_all
+from detente.autograd.reduction import Samples, losses_of_all
 from detente.autograd.roles import Memory, Named, Parameters
 from detente.autograd.step import Mode, Request, Step, prepare
 from detente.methods.base import Method, one_of
@@ -41,26 +37,20 @@ from detente.methods.registry import info_of
 from detente.step.combining import with_direction
 from detente.step.deciding import (
     NUMBERS,
-    check_result,
     decide,
     lengths_of,
     not_finite,
-    notes_on_outside,
-    of_first_rank,
-    outside,
     record_of,
     undone_on_failure,
     watched,
 )
 from detente.step.scaling import left_to_the_scaler, tell_scaler, withdraw
+from detente.step.weighting import NO_SHARED, weighting_step
 from detente.values import GRADIENT_NEEDS, Combination, MethodInfo, StepRecord, TaskGradients
 
 Features = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | Branches | None
 Heads = Literal["own", "weighted"] | None
 Scale = Literal["native", "sum", "mean", "unit"]
-
-NO_SHARED = "no shared parameters: every parameter takes the plain gradient of its own loss"
-NO_SHARED_WEIGHTED = "no shared parameters: every parameter takes the weighted gradient of its own loss"
 
 
 def backward(
@@ -256,7 +246,7 @@ def _take_step(step: Step, how: _How) -> StepRecord:
             if how.extra and how.info.batches > 1:
                 taken = further_gradients(taken, how.extra)
             return _combined(taken, how)
-    return _weighted(step, how)
+    return weighting_step(step, how.method, how.heads)
 
 
 def _combined(taken: Taken, how: _How) -> StepRecord:
@@ -411,74 +401,6 @@ def _length_factor(length: torch.Tensor, gradients: TaskGradients, scale: Scale)
         target = float(np.sqrt(max(gradients.gramian.sum(), 0.0)))
         target = target / gradients.tasks if scale == "mean" else target
     return torch.where(length > 0, target / length, torch.zeros_like(length))
-
-
-def _weighted(step: Step, how: _How) -> StepRecord:
-    """Take a step without task gradients: one backward of the weighted losses.
-
-    A method that would need gradients, and has none because nothing is shared, is not asked: the weights are 1. One
-    that needs none in this step is asked about the tasks of the shared problem; the others' losses count as they are.
-    """
-    method, names, reduction = how.method, step.names, step.reduction
-    needs = step.request.needs
-    plain, left_out = not GRADIENT_NEEDS.isdisjoint(needs), outside(step)
-    known = None
-    if not plain and "losses" in needs:
-        known = losses_of_all(step.losses, reduction)
-        check_losses(names, known)
-    with nullcontext() if plain else undone_on_failure(method):
-        combination, inside = Combination(), list(step.inside)
-        weights = torch.ones(len(names), dtype=torch.float64)
-        if not plain:
-            if left_out:
-                method.bind(names)  # also those of which it sees nothing
-            of_problem = tuple(names[task] for task in inside)
-            seen = TaskGradients(of_problem, None if known is None else known[inside], space="none")
-            combination = method.combine(seen)
-            if reduction is not None:
-                combination = of_first_rank(combination, step)
-            check_result(method, combination)
-            assert combination.weights is not None, "a weighting of losses gives weights"
-            weights[inside] = combination.weights
-        found = weighted_backward(step, weights, plain_heads=how.heads == "own" and not plain)
-        values, everything = _checked(step, found)
-        if combination.accepted:
-            accumulate(everything)
-    notes = (*combination.notes, *notes_on_outside(step))
-    if not step.anything:
-        notes = (*notes, NO_SHARED if plain or how.heads == "own" else NO_SHARED_WEIGHTED)
-    told = zip(names, weights.tolist(), strict=True)
-    return StepRecord(
-        names=names,
-        losses=tuple(values.tolist()),
-        weights=tuple(None if name in left_out else weight for name, weight in told),
-        status=combination.status,
-        dropped=left_out,
-        notes=notes,
-        residual=combination.residual,
-    )
-
-
-def _checked(step: Step, found: Weighted) -> tuple[np.ndarray, Gradients]:
-    """Return the losses [T] and all gradients of the whole batch, every number of which is finite."""
-    names, reduction = step.names, step.reduction
-    own = [pair for task in found.own for pair in task]
-    everything = [*found.shared, *own]
-    if reduction is None:
-        values, probed = to_host([step.losses, probes(gradient for _, gradient in everything + found.plain)])
-        check_losses(names, values)
-        shared, rest = len(found.shared), len(everything)
-        check_own(names, found.own, probed[shared:rest])
-        check_weighted(names, found.shared, probed[:shared])
-        check_weighted(names, found.plain, probed[rest:])
-        return values, everything + found.plain
-    reached = {tensor for tensor, _ in everything}
-    values, touched = losses_and_reached(step.losses, reduction, reached)
-    check_losses(names, values)
-    everything = reduction.gradients((*reduction.shared, *reduction.own), everything, touched)
-    (probed,) = to_host([probes(gradient for _, gradient in everything)])
-    check_weighted(names, everything, probed)
-    return values, everything + found.plain
 
 
 def _refusal(how: _How, named: Named, mode: Mode) -> Exception | None:
