@@ -87,7 +87,8 @@ def test_a_probe_is_left_out_and_the_record_says_so(name: str, space: str) -> No
         assert record.names == TASKS and len(record.weights) == 3
         assert record.dropped[:1] == ("p",) and record.weights[1] is None
         assert sum("'p' reaches no shared parameter" in note for note in record.notes) == 1
-        assert record.raw is not None and len(record.raw.norms) == 2
+        assert record.raw is not None and len(record.raw.norms) == 3 and record.raw.norms[1] == 0.0
+        assert record.raw.cosines[1] == (0.0, 0.0, 0.0)
         if record.accepted and detente.methods()[name].heads == "own":
             probe = network.heads["p"].weight.grad
             assert probe is not None and want is not None
