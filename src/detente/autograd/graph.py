@@ -108,7 +108,8 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
     leaves: dict[Node, torch.Tensor] = {}
     used: dict[Node, tuple[int, int]] = {}  # when the forward pass first used each leaf
     kinds: dict[type, int] = {}
-    seen = 0
+    flagged: list[Node] = []  # nodes that may keep tasks apart
+    routing: set[type] = set()
     todo = []
     for node in masks:
         if type(node) is _ACCUMULATE:
@@ -120,9 +121,12 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
         if node in edges_of:
             left[todo.pop()] = None
             continue
-        if (kind := type(node)) not in kinds:
+        if (flags := kinds.get(kind := type(node))) is None:
             kinds[kind] = flags = _flags(kind)
-            seen |= flags
+            if flags & _ROUTES:
+                routing.add(kind)
+        if flags:
+            flagged.append(node)
         edges: tuple[Any, ...] = node.next_functions
         edges_of[node] = edges
         for edge in edges:
@@ -139,9 +143,11 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
                 todo.append(child)
 
     # Second pass, parents before children: hand the masks down.
-    order = [*reversed(left)]
     overlap = False
-    for node in order:
+    outputs: dict[Node, dict[int, int]] = {}  # of a node that routes: by which output which roots enter it
+    for (node, number), mask in entered.items():
+        outputs.setdefault(node, {})[number] = mask
+    for node in reversed(left):
         mask = masks[node]
         overlap = overlap or mask & (mask - 1) != 0
         for edge in edges_of[node]:
@@ -152,11 +158,16 @@ def walk(roots: Sequence[torch.Tensor], stops: Sequence[Edge] = ()) -> Walk:
                 stopped[edge] = stopped.get(edge, 0) | mask
             else:
                 masks[child] = masks.get(child, 0) | mask
+                if routing and type(child) in routing:
+                    into = outputs.setdefault(child, {})
+                    into[edge[1]] = into.get(edge[1], 0) | mask
     unsure: dict[torch.Tensor, int] = {}
     certain = -1
-    if overlap and seen & (_PACKS | _STACKS):
-        found_unsure, certain = _Graph(order, edges_of, masks, kinds, barrier).unsure(leaves, entered)
-        unsure = {leaves[node]: mask for node, mask in found_unsure.items()}
+    if overlap and flagged:
+        graph = _Graph([*reversed(left)], edges_of, masks, kinds, outputs, barrier)
+        if graph.keeps_apart(flagged):
+            found_unsure, certain = graph.unsure(leaves, entered)
+            unsure = {leaves[node]: mask for node, mask in found_unsure.items()}
     found: dict[torch.Tensor, int] = {}
     first_used = [(*used.get(node, (0, 0)), place) for place, node in enumerate(leaves)]
     nodes = list(leaves)
@@ -201,7 +212,32 @@ class _Graph:
     edges_of: dict[Node, tuple[Any, ...]]
     masks: dict[Node, int]
     kinds: dict[type, int]
+    outputs: dict[Node, dict[int, int]]
     barrier: frozenset[Edge]
+
+    def keeps_apart(self, flagged: Sequence[Node]) -> bool:
+        """Return whether some node may keep roots apart: a quick look that clears most graphs."""
+        masks, kinds = self.masks, self.kinds
+        private = set()
+        for node in flagged:
+            kind, mask = kinds[type(node)], masks[node]
+            if not kind & (_SELECTS | _SCALES):
+                continue
+            for child, _ in self.edges_of[node]:
+                if child is not None and (kind & _SELECTS or kinds.get(type(child), 0) & _STACKS):
+                    if masks.get(child, mask) != mask:
+                        return True
+                    private.add(mask)
+        for node in flagged:
+            kind, mask = kinds[type(node)], masks[node]
+            several = mask & (mask - 1)
+            if kind & _ROUTES and several and any(part != mask for part in self.outputs[node].values()):
+                return True
+            if kind & (_PACKS | _STACKS) and mask in private and not several:
+                return True
+            if kind & _STACKS and several and _of_scalars(node):
+                return True
+        return False
 
     def unsure(
         self, leaves: dict[Node, torch.Tensor], entered: dict[Edge, int]
@@ -215,12 +251,8 @@ class _Graph:
         """
         masks, kinds = self.masks, self.kinds
         certain: dict[Node, int] = {}
-        outputs: dict[
-            Node, dict[int, int]
-        ] = {}  # of a node that routes: by which output which roots enter it
-        for (node, number), mask in entered.items():
+        for (node, _), mask in entered.items():
             certain[node] = certain.get(node, 0) | mask
-            outputs.setdefault(node, {})[number] = mask
         parted: set[Node] = set()
         private: set[Node] = set()  # behind a selection of one root's own, where no other root reaches yet
         stops = 0
@@ -229,7 +261,7 @@ class _Graph:
             several = mask & (mask - 1) != 0
             apart = node in parted
             if several and kind & _ROUTES and not apart:
-                apart = any(part != mask for part in outputs[node].values())
+                apart = any(part != mask for part in self.outputs[node].values())
             packed = ((apart or node in private) and kind & (_PACKS | _STACKS)) or (
                 several and kind & _STACKS and _of_scalars(node)
             )
@@ -248,9 +280,6 @@ class _Graph:
                     parted.add(child)
                 elif not several and masks[child] == mask and (selects or node in private):
                     private.add(child)
-                if below & _ROUTES:
-                    into = outputs.setdefault(child, {})
-                    into[edge[1]] = into.get(edge[1], 0) | mask
         found = {}
         for node in leaves:
             mask, sure = masks[node], certain.get(node, 0)
