@@ -344,18 +344,16 @@ def _load(name: str) -> type[Method]:
     return cls
 
 
-def discover(package: str, path: Sequence[str], skip: Mapping[str, str] | set[str]) -> None:
+def discover(package: str, path: Sequence[str]) -> None:
     """Import every module of ``package``, so that one new file is one new method.
 
     Args:
         package: dotted name of the package.
         path: its ``__path__``.
-        skip: names of modules that hold no method.
 
     Example:
         >>> import json
-        >>> discover("json", json.__path__, {"tool", "__main__"})  # imports json.decoder, json.encoder, json.scanner
+        >>> discover("json", json.__path__)  # imports json.decoder, json.encoder and others
     """
     for module in pkgutil.iter_modules(path):
-        if module.name not in skip:
-            importlib.import_module(f"{package}.{module.name}")
+        importlib.import_module(f"{package}.{module.name}")
