@@ -236,7 +236,7 @@ def read_signature(
         search: option name to the values a default search tries.
 
     Raises:
-        TypeError: there is no docstring, an option without default, or a search over something that is no option.
+        TypeError: there is no docstring, an option without default, or a class's search over no option of it.
 
     Example:
         >>> import detente
@@ -246,7 +246,7 @@ def read_signature(
     """
     summary, parameters = _parameters(factory)
     for name in search:
-        if name not in parameters:
+        if name not in parameters and isinstance(factory, type):  # a preset may leave options out
             raise TypeError(
                 f"{factory.__name__} declares a search over {name!r}, which is none of its options."
             )
