@@ -259,7 +259,7 @@ def read_signature(
 
 @lru_cache(maxsize=256)
 def _parameters(factory: Callable[..., Any]) -> tuple[str, dict[str, tuple[Any, tuple[Any, ...]]]]:
-    """Defaults and choices of the options, beside the summary."""
+    """Read defaults and choices of the options, beside the summary."""
     summary = (inspect.getdoc(factory) or "").strip().split("\n")[0]
     if not factory.__doc__ or not summary:
         raise TypeError(f"{factory.__name__} has no docstring; its first line is the summary users read.")
@@ -284,7 +284,7 @@ def _place(factory: Callable[..., Any]) -> str:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """Every registered method: name to :class:`detente.MethodInfo`, sorted by name.
+    """Return every registered method: name to :class:`detente.MethodInfo`, sorted by name.
 
     Example:
         >>> import detente
