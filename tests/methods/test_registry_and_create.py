@@ -13,6 +13,7 @@ import torch
 import detente
 from detente import Combination, Declaration, Method, TaskGradients
 from detente.methods import UnknownMethod, UnknownOption, describe, info_of
+from detente.methods.registry import read_signature
 from detente.values import Row
 
 
@@ -372,6 +373,19 @@ def test_presets_tell_all_their_options(name: str) -> None:
 def test_methods_and_wrappers_are_rows_of_one_kind() -> None:
     for row in (*detente.methods().values(), *detente.wrappers.registered().values()):
         assert isinstance(row, Row) and row.summary.endswith(".") and row.source and callable(row.factory)
+
+
+def test_what_something_is_made_around_is_no_option() -> None:
+    def search(
+        method: Method, shared: Any, *, gamma: float = 2.0, on_cap: Literal["skip", "error"] = "skip"
+    ) -> None:
+        """Search."""
+
+    summary, options = read_signature(search, around=frozenset({"shared"}))
+    assert summary == "Search." and list(options) == ["gamma", "on_cap"]
+    assert options["on_cap"].choices == ("skip", "error")
+    with pytest.raises(TypeError, match="option 'shared' of search has no default"):
+        read_signature(search)
 
 
 def test_batches_are_read_from_the_needs() -> None:
