@@ -151,7 +151,7 @@ def _kind(name: str, info: MethodInfo) -> str:
     )
     kept, _ = memory_of(name)
     words += ["activations"] if "activations" in info.needs else []
-    words += [need.replace("batches:", "batches ") for need in info.needs if need.startswith("batches:")]
+    words += [f"batches {info.batches}"] if info.batches > 1 else []
     words += [f"keeps {kept:.0f} T P numbers"] if kept else []
     return ", ".join(words)
 
@@ -180,11 +180,10 @@ def _choices() -> list[tuple[str, str, Space, dict[str, Any]]]:
             found.append((kind, name, "none", {}))
             continue
         found += [(kind, name, space, {}) for space in SPACES if space in info.spaces]
-        further = [int(need.partition(":")[2]) - 1 for need in info.needs if need.startswith("batches:")]
         found += [
-            (kind, name, space, {"further": further[0]})
+            (kind, name, space, {"further": info.batches - 1})
             for space in SPACES
-            if further and space in info.spaces
+            if info.batches > 1 and space in info.spaces
         ]
         if not whole_rows(info):
             found.append((kind, name, "exact", {"micro_batches": 4}))

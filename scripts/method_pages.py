@@ -242,7 +242,8 @@ def wrappers_page(wrappers: Mapping[str, Any], names: Iterable[str]) -> str:
     sections = [
         "# Wrappers",
         "A wrapper is a method around a method: it is created from one, passed on and saved as one, and can be "
-        "wrapped again. What it declares follows from what it is wrapped around.",
+        "wrapped again. What it declares follows from what it is wrapped around. Where the test of `inexact` and "
+        "`adaptive` comes from stands on the page about [guards](../guards.md).",
     ]
     for name, info in wrappers.items():
         written = read_docstring(info.factory, names)

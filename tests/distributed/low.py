@@ -17,7 +17,7 @@ FITTING = [
     for name, info in sorted(detente.methods().items())
     if ("exact" in info.spaces or not info.takes_gradients)
     and not info.needs & {"jacobian", "blocks", "activations"}
-    and not any(need.startswith("batches:") for need in info.needs)
+    and info.batches == 1
 ]
 
 

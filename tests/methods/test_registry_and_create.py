@@ -13,6 +13,8 @@ import torch
 import detente
 from detente import Combination, Declaration, Method, TaskGradients
 from detente.methods import UnknownMethod, UnknownOption, describe, info_of
+from detente.methods.registry import read_signature
+from detente.values import Row
 
 
 @pytest.fixture(autouse=True)
@@ -327,3 +329,76 @@ def test_a_file_with_a_mistake_shows_the_mistake(users_file: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         detente.create(f"{users_file}:Halves")
     assert not {name for name in set(sys.modules) - before if "users_method" in name}
+
+
+# ---- rows of one kind
+
+
+def test_a_function_that_makes_a_method_is_a_preset() -> None:
+    def halved(*, k: int = 3, solver: Literal["exact", "frank-wolfe"] = "exact") -> Method:
+        """Ask MGDA now and then."""
+        return detente.wrappers.Every(detente.create("mgda", solver=solver), k=k).named("mgda-now-and-then")
+
+    assert detente.register(halved) is halved
+    row = detente.methods()["mgda-now-and-then"]
+    assert row.summary == "Ask MGDA now and then." and row.source == detente.wrappers.Every.source
+    assert list(row.options) == ["k", "solver"] and row.options["k"].search == (1, 5, 25)
+    method = detente.create("mgda-now-and-then", k=2)
+    assert isinstance(method, detente.wrappers.Every) and method.k == 2
+    assert describe(method) == info_of(method) == row
+    with pytest.raises(UnknownOption, match="mgda-now-and-then has no option 'n'; it has k, solver"):
+        detente.create("mgda-now-and-then", n=2)
+    plain = info_of(detente.wrappers.Every(detente.create("mgda")))
+    assert plain.name == "every(mgda)" and list(plain.options) == ["k"]
+
+    def other() -> Method:
+        """Take its name."""
+        return detente.wrappers.Every(detente.create("mgda")).named("mgda-now-and-then")
+
+    with pytest.raises(ValueError, match=r"'mgda-now-and-then' is already registered by .*halved"):
+        detente.register(other)
+
+
+@pytest.mark.parametrize("name", ["inexact-mgda", "adaptive-mgda"])
+def test_presets_tell_all_their_options(name: str) -> None:
+    guard = detente.wrappers.registered()[name.removesuffix("-mgda")]
+    row, mgda = detente.methods()[name], detente.methods()["mgda"]
+    assert list(row.options) == [*guard.options, *mgda.options]
+    for part in (guard, mgda):
+        for option, told in part.options.items():
+            assert (row.options[option].default, row.options[option].choices) == (told.default, told.choices)
+    assert describe(detente.create(name)) == row
+
+
+def test_methods_and_wrappers_are_rows_of_one_kind() -> None:
+    for row in (*detente.methods().values(), *detente.wrappers.registered().values()):
+        assert isinstance(row, Row) and row.summary.endswith(".") and row.source and callable(row.factory)
+
+
+def test_what_something_is_made_around_is_no_option() -> None:
+    def search(
+        method: Method, shared: Any, *, gamma: float = 2.0, on_cap: Literal["skip", "error"] = "skip"
+    ) -> None:
+        """Search."""
+
+    summary, options = read_signature(search, around=frozenset({"shared"}))
+    assert summary == "Search." and list(options) == ["gamma", "on_cap"]
+    assert options["on_cap"].choices == ("skip", "error")
+    with pytest.raises(TypeError, match="option 'shared' of search has no default"):
+        read_signature(search)
+
+
+def test_batches_are_read_from_the_needs() -> None:
+    assert {row.batches for row in detente.methods().values()} == {1, 3}
+    assert detente.methods()["modo"].batches == 3
+    assert detente.create("sdmgrad", solver="sgd").declares.batches == 3
+    assert Declaration(name="two", source="here", needs=frozenset({"gramian", "batches:2"})).batches == 2
+
+
+def test_heads_follow_from_what_is_taken() -> None:
+    assert Declaration(name="a", source="here", needs=frozenset({"losses"})).heads == "weighted"
+    assert Declaration(name="a", source="here", needs=frozenset({"gramian"})).heads == "own"
+    assert (
+        Declaration(name="a", source="here", needs=frozenset({"gramian"}), heads="weighted").heads
+        == "weighted"
+    )

@@ -14,9 +14,7 @@ GRADIENTS_WANTED = {"jacobian", "blocks", "activations"}
 FITTING = [
     name
     for name, info in sorted(detente.methods().items())
-    if "exact" in info.spaces
-    and not info.needs & GRADIENTS_WANTED
-    and not any(need.startswith("batches:") for need in info.needs)
+    if "exact" in info.spaces and not info.needs & GRADIENTS_WANTED and info.batches == 1
 ]
 
 

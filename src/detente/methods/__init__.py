@@ -1,7 +1,8 @@
 """One file per method; every file found here is registered.
 
-What belongs here: a short class from task gradients (or only losses) to a combination, beside the contract
-(`base`) and the registry. Mathematics that several methods share belongs in `geometry`.
+What belongs here: a short class from task gradients (or only losses) to a combination, beside the contract (`base`),
+the registry and the checks of options; `wrappers` holds the methods around methods. Mathematics that several methods
+share belongs in `geometry`.
 """
 
 from detente.methods.base import Declaration, Method
@@ -17,7 +18,7 @@ from detente.methods.registry import (
     unregister,
 )
 
-discover(__name__, __path__, {"base", "checks", "options", "registry"})
+discover(__name__, __path__)
 
 __all__ = [
     "Declaration",

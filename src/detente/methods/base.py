@@ -109,14 +109,14 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def solve(self, gradients: TaskGradients) -> Combination:
-        """From the tasks' gradients of one step to weights, a transform, or a direction."""
+        """Turn the tasks' gradients of one step into weights, a transform, or a direction."""
 
     def solve_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
         """Solve for several blocks of parameters; worth writing where the mathematics takes a batch of Gramians."""
         return [self.solve(block) for block in blocks]
 
     def needs_now(self) -> frozenset[str]:
-        """What the next call needs: the declared needs, or fewer of them in a method that does not always look."""
+        """Return what the next call needs: the declared needs, or fewer in a method that does not always look."""
         return self.declares.needs
 
     def allocate(self, tasks: int) -> None:
@@ -126,7 +126,7 @@ class Method(nn.Module, ABC):
         """Tell the method that an epoch ended. Methods that do not need epochs ignore it."""
 
     def epoch_record(self) -> dict[str, Any]:
-        """Plain numbers by name worth storing with the epoch that just ended; most methods have none."""
+        """Return plain numbers by name worth storing with the epoch that just ended; most methods have none."""
         return {}
 
     def after_step(self, losses: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -136,7 +136,7 @@ class Method(nn.Module, ABC):
 
     @final
     def combine(self, gradients: TaskGradients) -> Combination:
-        """One training step of the method on ``gradients``.
+        """Make one training step of the method on ``gradients``.
 
         Raises:
             ValueError: a need is not met, a task is unknown, or the method rejects the input (each named). The
@@ -146,7 +146,7 @@ class Method(nn.Module, ABC):
 
     @final
     def combine_blocks(self, blocks: Sequence[TaskGradients]) -> list[Combination]:
-        """One training step of the method on the same tasks' gradients in several blocks of parameters.
+        """Make one training step of the method on the same tasks' gradients in several blocks of parameters.
 
         Args:
             blocks: for each block what :meth:`combine` takes, as if there were no other parameters.
@@ -222,7 +222,7 @@ class Method(nn.Module, ABC):
             self._grow(self.tasks + new)
 
     def positions(self, names: Sequence[str]) -> np.ndarray:
-        """[len(names)] int64: where the present tasks stand in the method's buffers."""
+        """Return where [len(names)] the present tasks stand in the method's buffers, as int64."""
         assert self.tasks is not None, "bind() comes first"
         if names == self.tasks:
             return np.arange(len(names), dtype=np.int64)
@@ -230,7 +230,7 @@ class Method(nn.Module, ABC):
         return np.array([index[name] for name in names], dtype=np.int64)
 
     def preference(self, names: Sequence[str], *, rescale: bool = True) -> np.ndarray | None:
-        """[len(names)] float64 preference of the present tasks; None if none was given.
+        """Return the preference [len(names)] of the present tasks in float64; None if none was given.
 
         With every task present these are the numbers as given. With some absent and ``rescale`` they are brought
         to the same sum.
@@ -254,7 +254,7 @@ class Method(nn.Module, ABC):
     # ---- saving
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Task names and the generator's state, saved by ``state_dict`` beside the buffers."""
+        """Return the tasks' names and the generator's state, saved by ``state_dict`` beside the buffers."""
         state: dict[str, Any] = {"tasks": None if self.tasks is None else list(self.tasks)}
         if self.generator is not None:
             state["generator"] = self.generator.get_state()
@@ -315,7 +315,7 @@ class Method(nn.Module, ABC):
     # ---- private
 
     def _check_saved(self, saved: Sequence[str] | None) -> None:
-        """See that the tasks of a saved state are those of this method, in its order where that counts."""
+        """Check that the tasks of a saved state are those of this method, in its order where that counts."""
         if saved is None or self.tasks is None or tuple(saved) == self.tasks:
             return
         name, there, here = self.declares.name, ", ".join(saved), ", ".join(self.tasks)
@@ -331,7 +331,7 @@ class Method(nn.Module, ABC):
             )
 
     def _inside(self) -> list[Method]:
-        """The methods this one is wrapped around, at any depth."""
+        """Return the methods this one is wrapped around, at any depth."""
         return [module for module in self.modules() if isinstance(module, Method) and module is not self]
 
     def _check(self, gradients: TaskGradients) -> None:

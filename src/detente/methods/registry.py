@@ -9,6 +9,7 @@ import pkgutil
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -222,44 +223,30 @@ def info_of(method: Method) -> MethodInfo:
 
 
 def _described(declared: Declaration, factory: Callable[..., Method]) -> MethodInfo:
-    summary, options = read_signature(factory, declared.search)
+    summary, options = read_signature(factory)
+    options = with_search(factory, options, declared.search)
     return MethodInfo(**vars(declared), summary=summary, options=options, factory=factory)
 
 
+@lru_cache(maxsize=256)
 def read_signature(
-    factory: Callable[..., Any], search: Mapping[str, tuple[Any, ...]]
+    factory: Callable[..., Any], *, around: frozenset[str] = frozenset()
 ) -> tuple[str, Mapping[str, Option]]:
-    """Read the summary of a class or function, and its options with defaults, choices and search grids.
+    """Read the summary of a class or function, and its options with their defaults and choices.
 
     Args:
         factory: its parameters are the options, but for those annotated as a method.
-        search: option name to the values a default search tries.
+        around: names of further parameters that are no options, such as the parameters an optimizer moves.
 
     Raises:
-        TypeError: there is no docstring, an option without default, or a search over something that is no option.
+        TypeError: there is no docstring, or an option without default.
 
     Example:
         >>> import detente
-        >>> summary, options = read_signature(detente.wrappers.Every, {"k": (1, 5)})
+        >>> summary, options = read_signature(detente.wrappers.Every)
         >>> options["k"]
-        Option(default=5, choices=(), search=(1, 5))
+        Option(default=5, choices=(), search=())
     """
-    summary, parameters = _parameters(factory)
-    for name in search:
-        if name not in parameters:
-            raise TypeError(
-                f"{factory.__name__} declares a search over {name!r}, which is none of its options."
-            )
-    options = {
-        name: Option(default, choices, tuple(search.get(name, ())))
-        for name, (default, choices) in parameters.items()
-    }
-    return summary, MappingProxyType(options)
-
-
-@lru_cache(maxsize=256)
-def _parameters(factory: Callable[..., Any]) -> tuple[str, dict[str, tuple[Any, tuple[Any, ...]]]]:
-    """Defaults and choices of the options, beside the summary."""
     summary = (inspect.getdoc(factory) or "").strip().split("\n")[0]
     if not factory.__doc__ or not summary:
         raise TypeError(f"{factory.__name__} has no docstring; its first line is the summary users read.")
@@ -267,16 +254,42 @@ def _parameters(factory: Callable[..., Any]) -> tuple[str, dict[str, tuple[Any, 
     if constructor is Method.__init__:
         return summary, {}  # preference and seed are for authors to pass on, not options of every method
     hints = typing.get_type_hints(constructor)
-    options: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    options: dict[str, Option] = {}
     for name, parameter in inspect.signature(factory).parameters.items():
         hint = hints.get(name)
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or hint is Method:
+        if (
+            parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            or hint is Method
+            or name in around
+        ):
             continue
         if parameter.default is parameter.empty:
             raise TypeError(f"option {name!r} of {factory.__name__} has no default; every option needs one.")
-        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        options[name] = (parameter.default, choices)
-    return summary, options
+        options[name] = Option(
+            parameter.default, typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        )
+    return summary, MappingProxyType(options)
+
+
+def with_search(
+    factory: Callable[..., Any], options: Mapping[str, Option], search: Mapping[str, tuple[Any, ...]]
+) -> Mapping[str, Option]:
+    """Return ``options`` with the values that a default search tries for each.
+
+    Raises:
+        TypeError: a class searches over something that is no option of it; a preset may leave options out.
+
+    Example:
+        >>> with_search(dict, {"k": Option(5)}, {"k": (1, 5)})["k"]
+        Option(default=5, choices=(), search=(1, 5))
+    """
+    for name in search:
+        if name not in options and isinstance(factory, type):
+            raise TypeError(
+                f"{factory.__name__} declares a search over {name!r}, which is none of its options."
+            )
+    found = {name: replace(option, search=tuple(search.get(name, ()))) for name, option in options.items()}
+    return MappingProxyType(found)
 
 
 def _place(factory: Callable[..., Any]) -> str:
@@ -284,7 +297,7 @@ def _place(factory: Callable[..., Any]) -> str:
 
 
 def methods() -> dict[str, MethodInfo]:
-    """Every registered method: name to :class:`detente.MethodInfo`, sorted by name.
+    """Return every registered method: name to :class:`detente.MethodInfo`, sorted by name.
 
     Example:
         >>> import detente
@@ -344,18 +357,16 @@ def _load(name: str) -> type[Method]:
     return cls
 
 
-def discover(package: str, path: Sequence[str], skip: Mapping[str, str] | set[str]) -> None:
+def discover(package: str, path: Sequence[str]) -> None:
     """Import every module of ``package``, so that one new file is one new method.
 
     Args:
         package: dotted name of the package.
         path: its ``__path__``.
-        skip: names of modules that hold no method.
 
     Example:
         >>> import json
-        >>> discover("json", json.__path__, {"tool", "__main__"})  # imports json.decoder, json.encoder, json.scanner
+        >>> discover("json", json.__path__)  # imports json.decoder, json.encoder and others
     """
     for module in pkgutil.iter_modules(path):
-        if module.name not in skip:
-            importlib.import_module(f"{package}.{module.name}")
+        importlib.import_module(f"{package}.{module.name}")

@@ -117,9 +117,9 @@ class STCH(Method):
         losses = positive_losses(self, gradients)
         lean = np.ones(gradients.tasks) if preference is None else preference / preference.mean()
         at = self.positions(gradients.names)
-        if int(self.epochs) < self._warmup:
+        if int(self.epochs) < self.warmup_epochs:
             note = (
-                f"stch: epoch {int(self.epochs) + 1} of {self._warmup} of the warm-up on the sum of log losses; "
+                f"stch: epoch {int(self.epochs) + 1} of {self.warmup_epochs} of the warm-up on the sum of log losses; "
                 "end_epoch() or epoch_steps= ends an epoch"
             )
             self._record(at, losses)
@@ -134,10 +134,6 @@ class STCH(Method):
         """Close an epoch of the warm-up. Does nothing after it, or where ``epoch_steps`` is given."""
         if self.tasks is not None and self.form == "log" and self.epoch_steps is None:
             self._roll()
-
-    @property
-    def _warmup(self) -> int:
-        return self.warmup_epochs or 0
 
     def _plain(self, gradients: TaskGradients, preference: np.ndarray | None) -> Combination:
         assert gradients.losses is not None and self.tasks is not None
@@ -161,7 +157,7 @@ class STCH(Method):
                 self._roll()
 
     def _roll(self) -> None:
-        if int(self.epochs) >= self._warmup:
+        if int(self.epochs) >= self.warmup_epochs:
             return
         seen = self.counts.numpy() > 0
         self.nadir.numpy()[seen] = self.sums.numpy()[seen] / self.counts.numpy()[seen]

@@ -172,7 +172,7 @@ class Adaptive(Guard):
         }
 
     def epoch_record(self) -> dict[str, Any]:
-        """Return also the estimates ε̂²."""
+        """Return what every guard does, and the estimates ε̂²."""
         return {**super().epoch_record(), "epsilon_squared": self.estimates}
 
     def bounds(self, gradients: TaskGradients) -> tuple[Array, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 
 from detente.methods.base import Declaration, Method
-from detente.methods.registry import Registry, info_of, make, read_signature
+from detente.methods.registry import Registry, info_of, make, read_signature, with_search
 from detente.values import Combination, MethodInfo, Row, TaskGradients
 
 W = TypeVar("W", bound="type[Wrapper]")
@@ -148,11 +148,18 @@ def register_wrapper(cls: W) -> W:
         >>> sorted(registered())
         ['adaptive', 'every', 'inexact', 'normalize', 'per-block', 'smooth']
     """
-    summary, options = read_signature(cls, cls.search)
-    row = WrapperInfo(
-        name=cls.name, summary=summary, source=cls.source, options=options, factory=cls, accepts=cls.accepts
+    summary, options = read_signature(cls)
+    options = with_search(cls, options, cls.search)
+    _registered.add(
+        WrapperInfo(
+            name=cls.name,
+            summary=summary,
+            source=cls.source,
+            options=options,
+            factory=cls,
+            accepts=cls.accepts,
+        )
     )
-    _registered.add(row)
     return cls
 
 
