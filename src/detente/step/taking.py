@@ -45,6 +45,7 @@ def task_gradients(
         ValueError: as :func:`backward`.
 
     Example:
+        >>> import torch
         >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> taken = task_gradients({"a": weight.sum(), "b": (3 * weight).sum()})
         >>> taken.gradients.gramian
