@@ -11,7 +11,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Buffers:
-    """Hold one module's buffers: the tensors themselves, None where a name is only reserved, and what they held."""
+    """Hold one module's own buffers, and what they held when they were read.
+
+    Attributes:
+        module: whose they are.
+        found: the tensors themselves by name, None where a name is only reserved.
+        values: copies of what they held.
+    """
 
     module: nn.Module
     found: dict[str, torch.Tensor | None]
@@ -19,7 +25,11 @@ class Buffers:
 
 
 def read_buffers(module: nn.Module) -> Buffers:
-    """Copy what a module's own buffers hold now."""
+    """Copy what a module's own buffers hold now; those of modules inside it are left out.
+
+    Args:
+        module: any module, a scripted one too.
+    """
     found = dict(module._buffers.items())  # of a scripted module it is no dict
     values = {
         name: buffer.detach().clone()
@@ -30,7 +40,11 @@ def read_buffers(module: nn.Module) -> Buffers:
 
 
 def write_buffers(kept: Sequence[Buffers]) -> None:
-    """Put back what :func:`read_buffers` copied."""
+    """Put back what :func:`read_buffers` copied, and the tensors themselves where they were replaced.
+
+    Args:
+        kept: one entry for each module.
+    """
     tensors: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     for entry in kept:

@@ -13,8 +13,8 @@ from detente.methods.base import Method
 from detente.values import TaskGradients
 
 Array = NDArray[np.float64]
-# Scales are squared beside squared lengths of gradients: e^600 leaves those a factor of e^109 to float64's end.
-_LARGEST_LOGARITHM = 300.0
+# Weights beyond e^80 leave float32, in which gradients are added up, hardly a factor of a thousand.
+_LARGEST_LOGARITHM = 80.0
 # How far a negative weighted loss, and the scale itself, may go beyond where they settle, see check_growth.
 _UNBOUNDED = 100.0
 
@@ -59,10 +59,10 @@ def learned_scales(method: Method, logarithms: Array, names: Sequence[str]) -> A
 
     Example:
         >>> import detente
-        >>> learned_scales(detente.create("imtl"), np.array([0.0, 301.0]), ("left", "right"))
+        >>> learned_scales(detente.create("imtl"), np.array([0.0, 81.0]), ("left", "right"))
         Traceback (most recent call last):
         ...
-        ValueError: imtl: the learned scale of task 'right' has grown to e^301. It grows without end where a loss...
+        ValueError: imtl: the learned scale of task 'right' has grown to e^81. It grows without end where a loss...
     """
     place = int(logarithms.argmax())
     if logarithms[place] > _LARGEST_LOGARITHM:

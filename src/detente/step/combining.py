@@ -92,7 +92,7 @@ def _combine(
             "block_layers": (0,),
         }
         gradients = replace(gradients, block_gramians=matrix[None].copy(), **whole)
-    with undone_on_failure(method) if watched(method, jacobian.dtype, gradients) else nullcontext():
+    with undone_on_failure(method) if watched(method, jacobian, matrix) else nullcontext():
         combination = with_direction(method.combine(gradients), gradients)
         check_result(method, combination)
     return combination

@@ -18,7 +18,7 @@ from detente.autograd.step import Step
 from detente.diagnostics.conflict import measure_altered, measure_conflict
 from detente.methods.base import Method
 from detente.methods.registry import info_of
-from detente.values import Combination, Conflict, StepRecord, TaskGradients
+from detente.values import Combination, Conflict, StepRecord
 
 LOW = "memory='low': task gradients were taken in {} and not kept"
 # What a method may need and still get by, on several processes, with one part of every gradient on each.
@@ -211,12 +211,20 @@ def lengths_of(gradients: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tens
     return length
 
 
-def watched(method: Method, dtype: torch.dtype, gradients: TaskGradients) -> bool:
+def watched(method: Method, jacobian: torch.Tensor, gramian: np.ndarray | None) -> bool:
     """Return whether a method's state is to be copied, in case that what it finds is not finite.
 
     A copy of a large state costs as much as the step; it is made where numbers are near the ends of their type.
+
+    Args:
+        method: what decides.
+        jacobian: [T, P].
+        gramian: [T, T] if it is known.
     """
     if not large_state(method):
         return info_of(method).stateful
-    largest = float("inf") if gradients.gramian is None else float(gradients.gramian.diagonal().max())
-    return dtype.itemsize < 4 or not largest < 1e30
+    if jacobian.dtype.itemsize < 4:
+        return True
+    if gramian is None:
+        return not float(torch.linalg.vector_norm(jacobian, ord=float("inf"))) < 1e15
+    return not float(gramian.diagonal().max()) < 1e30

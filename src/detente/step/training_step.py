@@ -265,7 +265,7 @@ def _combined(taken: Taken, how: _How) -> StepRecord:
     cautious = gradients.space != "exact" or how.heads == "weighted" or jacobian is None
     cautious = cautious or len(step.inside) < len(step.names)
     if not cautious and how.info.stateful and jacobian is not None:
-        cautious = watched(method, jacobian.dtype, gradients)
+        cautious = watched(method, jacobian, gradients.gramian)
     with undone_on_failure(method) if cautious else nullcontext():
         combination = decide(method, taken)
         record = record_of(taken, combination)

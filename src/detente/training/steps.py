@@ -87,10 +87,12 @@ class GradientSteps:
         self.info = describe(method)
         named = getattr(module, "shared_parameters", None)
         self.shared = None if named is None else list(named())
-        self.branches = "branch" in inspect.signature(module.forward).parameters
         self.device = next(module.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "16-mixed" else None
         self.contributions = _contributions(config, module, optimizer)
+        # Contributions are taken on the parameters, which gradients behind branches do not reach.
+        offered = "branch" in inspect.signature(module.forward).parameters
+        self.branches = offered and self.contributions is None
 
     def step(
         self, batches: Sequence[Batch], *, measure: bool, balance: bool
