@@ -25,8 +25,13 @@ class Network(nn.Module):
         self.heads = nn.ModuleDict({task: nn.Linear(5, place + 1) for place, task in enumerate(TASKS)})
         self.double()
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(
+        self, x: torch.Tensor, branched: bool = False
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         z = self.trunk(x)
+        if branched:
+            read = detente.branch(z, TASKS)
+            return read, {task: head(read[task]) for task, head in self.heads.items()}
         return z, {task: head(z) for task, head in self.heads.items()}
 
 
@@ -42,10 +47,15 @@ def batch_of(step: int, number: int, size: int) -> tuple[torch.Tensor, dict[str,
 
 
 def losses_of(
-    network: nn.Module, part: slice, x: torch.Tensor, targets: dict[str, torch.Tensor], tasks: Any = TASKS
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    network: nn.Module,
+    part: slice,
+    x: torch.Tensor,
+    targets: dict[str, torch.Tensor],
+    tasks: Any = TASKS,
+    branched: bool = False,
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """Representation and mean losses of a part of the batch."""
-    z, outputs = network(x[part])
+    z, outputs = network(x[part], branched)
     return z, {task: (outputs[task] - targets[task][part]).square().mean() for task in tasks}
 
 
@@ -58,7 +68,7 @@ def parts_of(size: int, even: bool) -> list[slice]:
 
 
 def options(network: nn.Module, space: str, z: torch.Tensor, whole: nn.Module) -> dict[str, Any]:
-    if space == "features":
+    if space in ("features", "branches"):
         return {"features": z}
     if space == "layer":
         return {"solve_on": list(whole.trunk[2].parameters())}
@@ -79,7 +89,7 @@ def train(
     hooks = detente.methods()[method.declares.name].needs
     for step in range(STEPS):
         batches = [batch_of(step, number, 12) for number in range(1 + further)]
-        z, losses = losses_of(network, part, *batches[0])
+        z, losses = losses_of(network, part, *batches[0], branched=space == "branches")
         extra = [losses_of(network, part, *batch)[1] for batch in batches[1:]]
         record = detente.backward(losses, method, extra=extra, **options(network, space, z, inner), **more)
         records.append(record)
@@ -106,8 +116,9 @@ def compare_all(wrapped: bool, even: bool) -> list[str]:
     for name, info in detente.methods().items():
         further = info.batches - 1
         spaces = sorted(info.spaces) if info.takes_gradients else ["none", "features"]
+        spaces += ["branches"] if "features" in spaces else []
         for space in spaces:
-            extra = 0 if space == "features" else further
+            extra = 0 if space in ("features", "branches") else further
             results = []
             for alone in (False, True):
                 inner = Network()

@@ -252,10 +252,10 @@ def _take_step(step: Step, how: _How) -> StepRecord:
 def _combined(taken: Taken, how: _How) -> StepRecord:
     """Let the method combine task gradients, and carry its decision to the parameters.
 
-    A method is not asked where the gradients have told that nothing is shared.
+    A method that looks at gradients is not asked where these have told that nothing is shared.
     """
     method, gradients = how.method, taken.gradients
-    if gradients.space == "exact" and not taken.columns:
+    if gradients.space == "exact" and not taken.columns and how.info.takes_gradients:
         accumulate(taken.own_gradients())
         losses, ones = tuple(taken.losses.tolist()), (1.0,) * len(taken.losses)
         return StepRecord(taken.step.names, losses, ones, notes=(NO_SHARED,))
