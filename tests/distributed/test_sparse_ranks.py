@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from processes import in_processes
-from sparse import looked_up
+from sparse_tables import looked_up
 
 
 def test_every_rank_has_the_rows_of_all(tmp_path: Path) -> None:
