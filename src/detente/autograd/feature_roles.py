@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import nn
@@ -76,9 +78,9 @@ def roles_on_features(
         if any(isinstance(leaf, nn.Parameter) for leaf in found):
             left_out = [leaf for leaf in found if not isinstance(leaf, nn.Parameter)]
             found = [leaf for leaf in found if isinstance(leaf, nn.Parameter)]
-        memory.remember(found)
-        chosen = set(memory.shared())
-    _check_reads(names, losses, heads, chosen, named)
+        chosen = set(memory.remember(found))
+    depending = _union(heads.stops.values())
+    _check_reads(names, losses, heads.leaves, depending, chosen, named)
     if not part and not heads.stops:
         raise ValueError(
             f"no loss (of tasks {', '.join(names)}) depends on features=. Compute the losses from the tensors you "
@@ -94,7 +96,6 @@ def roles_on_features(
             "features= out, or name both shared= and task_specific= without them to leave them untouched."
         )
     everyone = (1 << tasks) - 1
-    depending = sum(1 << task for task in range(tasks) if _depends(heads, task))
     masks = {leaf: depending or everyone for leaf in encoder if leaf in chosen}
     for leaf, mask in past.items():
         if leaf in chosen:
@@ -104,12 +105,9 @@ def roles_on_features(
     for leaf, mask in past.items():
         if leaf in apart or leaf in spared:
             hand_out(lists, leaf, mask)
-    reaching = 0
-    for mask in masks.values():
-        reaching |= mask
     return Roles(
         "features",
-        reaching,
+        _union(masks.values()),
         tuple(masks),
         tuple(masks.values()),
         tuple(map(tuple, lists)),
@@ -138,9 +136,9 @@ def _cross(heads: Walk, branches: Branches, names: Sequence[str]) -> bool:
     return any(mask != mine.get(edge) for edge, mask in heads.stops.items())
 
 
-def _depends(heads: Walk, task: int) -> bool:
-    """Return whether a task's loss reaches a feature, or a branch of one."""
-    return any(mask >> task & 1 for mask in heads.stops.values())
+def _union(masks: Iterable[int]) -> int:
+    """Return the tasks that are in any of the bit masks: of stops, those whose losses reach a feature or a branch."""
+    return reduce(or_, masks, 0)
 
 
 def _each_its_own(stops: Mapping[Edge, int]) -> bool:
@@ -151,7 +149,8 @@ def _each_its_own(stops: Mapping[Edge, int]) -> bool:
 def _check_reads(
     names: Sequence[str],
     losses: Sequence[torch.Tensor],
-    heads: Walk,
+    leaves: Mapping[torch.Tensor, int],
+    depending: int,
     shared: set[torch.Tensor],
     named: Named,
 ) -> None:
@@ -162,9 +161,9 @@ def _check_reads(
     """
     told = "its branch" if named.branches is not None else "features="
     for task, name in enumerate(names):
-        if not losses[task].requires_grad or _depends(heads, task):
+        if not losses[task].requires_grad or depending >> task & 1:
             continue
-        if any(mask >> task & 1 and leaf in shared for leaf, mask in heads.leaves.items()):
+        if any(mask >> task & 1 and leaf in shared for leaf, mask in leaves.items()):
             raise ValueError(
                 f"the loss of task {name!r} does not depend on {told}, but reaches shared parameters past it. Compute "
                 "it from the tensor you pass (not from a recomputed copy), or leave the task out of this step."

@@ -6,10 +6,10 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from detente.methods.options import near
 from detente.training import train
 from detente.training.config import TrainingConfig
 from detente.training.problem import Problem
@@ -142,7 +142,7 @@ def find(name: str) -> Experiment:
         return from_file(name)
     known = experiments()
     if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UnknownExperiment(f"unknown experiment {name!r}; {hint}There are {', '.join(known)}.")
+        raise UnknownExperiment(
+            f"unknown experiment {name!r}; {near(name, known)}There are {', '.join(known)}."
+        )
     return known[name]

@@ -7,7 +7,6 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, final
 
@@ -16,6 +15,7 @@ from detente.linesearch.engine import Parameters
 from detente.linesearch.options import DEFAULTS, SearchOptions
 from detente.linesearch.search import Search, SearchDeclaration
 from detente.methods import Method
+from detente.methods.options import near
 from detente.values import Option
 
 
@@ -303,9 +303,9 @@ def create(
     """
     kinds = {kind.declares.name: kind for kind in _SEARCHES}
     if name not in kinds:
-        close = get_close_matches(name, kinds, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UnknownSearch(f"unknown search {name!r}; {hint}Declared: {', '.join(sorted(kinds))}.")
+        raise UnknownSearch(
+            f"unknown search {name!r}; {near(name, kinds)}Declared: {', '.join(sorted(kinds))}."
+        )
     names = {field.name for field in fields(SearchOptions)}
     further = SearchOptions(**{option: value for option, value in options.items() if option in names})
     constants = {option: value for option, value in options.items() if option not in names}

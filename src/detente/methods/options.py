@@ -1,10 +1,11 @@
-"""Check options: one of some choices, a number in a range, numbers by task. No method lives here."""
+"""Check options: one of some choices, a number in a range, numbers by task, a known name. No method lives here."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,6 +40,17 @@ def one_of(option: str, value: Choice, choices: Sequence[Any]) -> Choice:
     if value not in choices:
         raise ValueError(f"option {option} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return a question that suggests the known name nearest to an unknown one; empty where none is near.
+
+    Example:
+        >>> near("mgdaa", ["mgda", "upgrad"])
+        "did you mean 'mgda'? "
+    """
+    close = get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def number(

@@ -10,13 +10,13 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from detente.methods.base import Declaration, Method
+from detente.methods.options import near
 from detente.values import MethodInfo, Option, Row
 
 F = TypeVar("F", bound=Callable[..., Method])
@@ -107,10 +107,8 @@ class Registry(Generic[R]):
             UnknownName: there is none; close names are suggested.
         """
         if name not in self._rows:
-            close = get_close_matches(name, self._rows, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
             raise self.unknown(
-                f"unknown {self.kind} {name!r}; {hint}Registered: {', '.join(sorted(self._rows))}."
+                f"unknown {self.kind} {name!r}; {near(name, self._rows)}Registered: {', '.join(sorted(self._rows))}."
             )
         return self._rows[name]
 

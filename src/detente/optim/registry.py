@@ -6,13 +6,13 @@ import inspect
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
+from detente.methods.options import near
 from detente.optim.base import TaskOptimizer
 from detente.optim.contributions import KINDS
 from detente.optim.mao import MAO
@@ -125,9 +125,9 @@ def info_of(name: str) -> OptimizerInfo:
         detente.optim.registry.UnknownOptimizer: unknown optimizer 'adamm'; did you mean 'adam'? Declared: adam, ...
     """
     if name not in _ROWS:
-        close = get_close_matches(name, _ROWS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UnknownOptimizer(f"unknown optimizer {name!r}; {hint}Declared: {', '.join(sorted(_ROWS))}.")
+        raise UnknownOptimizer(
+            f"unknown optimizer {name!r}; {near(name, _ROWS)}Declared: {', '.join(sorted(_ROWS))}."
+        )
     return _declared()[name]
 
 
