@@ -378,6 +378,7 @@ def test_a_head_that_reaches_the_encoder_but_not_its_branch_is_refused() -> None
         ("ab", TypeError),
         (None, TypeError),
         (2.5, TypeError),
+        (True, TypeError),
     ],
 )
 def test_names_that_make_no_sense(names: Any, error: type[Exception]) -> None:
@@ -387,11 +388,23 @@ def test_names_that_make_no_sense(names: Any, error: type[Exception]) -> None:
 
 def test_representations_that_make_no_sense() -> None:
     z = Network().encoded()[1]
-    for wrong in ({"a": z}, "z", [], 3.0, [z, 1.0]):
+    for wrong in ({"a": z}, "z", 3.0, [z, 1.0]):
         with pytest.raises(TypeError, match="branch takes a tensor"):
             detente.branch(wrong, TASKS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="twice"):
         detente.branch((z, z), TASKS)
+    with pytest.raises(ValueError, match="no tensors"):
+        detente.branch([], TASKS)
+
+
+def test_a_task_without_a_branch_is_named_beside_those_that_have_one() -> None:
+    branches = detente.branch(torch.ones(2, requires_grad=True), ["left", "right"])
+    with pytest.raises(KeyError, match="'middle'; there are branches for left, right"):
+        branches["middle"]
+
+
+def test_a_frozen_representation_has_no_gradient_to_branch() -> None:
+    z = Network().encoded()[1]
     frozen = detente.branch((z.detach(), z), TASKS)
     losses = Network().losses({task: parts[0] + parts[1] for task, parts in frozen.items()})
     with pytest.raises(ValueError, match=r"features\[0\] carries no graph"):

@@ -31,7 +31,9 @@ class Branches:
             self._of[name] = tuple(leaf.view_as(leaf) for leaf in leaves)
 
     def __getitem__(self, name: str) -> Representation:
-        parts = self._of[str(name)]
+        parts = self._of.get(str(name))
+        if parts is None:
+            raise KeyError(f"no branch for task {name!r}; there are branches for {', '.join(self._of)}.")
         return parts[0] if self._single else parts
 
     def __iter__(self) -> Iterator[str]:
@@ -72,9 +74,9 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
     """Branch a representation, so that each task's head reads a copy of its own without copying memory.
 
     Autograd adds up the gradients of all heads where they meet. With branches they stay apart, and one call of autograd
-    over all losses gives the gradient of every task with respect to the representation, at the price of a plain
-    backward. Pass the result as ``features=`` to :func:`detente.backward`, which carries the combined gradient on
-    through the encoder; a plain ``sum(losses).backward()`` ends at the branches.
+    over all losses gives the gradient of every task with respect to the representation. Beside a plain backward that
+    costs a Gramian and some milliseconds, which count on small networks alone. Pass the result as ``features=`` to
+    :func:`detente.backward`, which carries the combined gradient on through the encoder; a plain ``sum(losses).backward()`` ends at the branches.
 
     Args:
         z: the representation, one tensor or several (several scales).
@@ -85,7 +87,7 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
         ``z``: do not change them in place. Where ``z`` carries no graph (evaluation), each branch is as ``z`` is.
 
     Raises:
-        ValueError: no names, or two alike, or the same tensor twice.
+        ValueError: no tensors or no names, two names alike, or the same tensor twice.
         TypeError: ``z`` is neither a tensor nor a sequence of tensors, ``names`` neither names nor a number.
 
     Example:
@@ -99,7 +101,9 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
     """
     single = isinstance(z, torch.Tensor)
     given: Any = (z,) if single else z
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence) or not given:
+    if isinstance(given, Sequence) and not given:
+        raise ValueError("branch was given no tensors; pass the representation that the heads read.")
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
         raise TypeError(f"branch takes a tensor or a sequence of tensors, got {type(z).__name__}.")
     for part in given:
         if not isinstance(part, torch.Tensor):
@@ -108,7 +112,7 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
             )
     if len({id(part) for part in given}) < len(given):
         raise ValueError("branch was given the same tensor twice; the heads can read its branch twice.")
-    if isinstance(names, str) or not isinstance(names, (int, Iterable)):
+    if isinstance(names, (str, bool)) or not isinstance(names, (int, Iterable)):
         raise TypeError(f"names takes the tasks' names or their number, got {names!r}.")
     told = tuple(map(str, range(names) if isinstance(names, int) else names))
     if not told or len(set(told)) < len(told):
