@@ -76,7 +76,8 @@ def branch(z: torch.Tensor | Sequence[torch.Tensor], names: Sequence[str] | int)
     Autograd adds up the gradients of all heads where they meet. With branches they stay apart, and one call of autograd
     over all losses gives the gradient of every task with respect to the representation. Beside a plain backward that
     costs a Gramian and some milliseconds, which count on small networks alone. Pass the result as ``features=`` to
-    :func:`detente.backward`, which carries the combined gradient on through the encoder; a plain ``sum(losses).backward()`` ends at the branches.
+    :func:`detente.backward`, which carries the combined gradient on through the encoder; a plain
+    ``sum(losses).backward()`` ends at the branches.
 
     Args:
         z: the representation, one tensor or several (several scales).
